@@ -114,17 +114,16 @@ def expected_layout(geometry: Geometry, seq_len: int) -> dict[str, tuple[tuple[i
 def find_problems(geometry: Geometry, *ten: Any) -> list[str]:
     """A line for every wrong field: its name, what was expected, what came. Empty when all is well.
 
-    `ten`: the ten inputs in the definition's order, anything at all. T is taken from hidden_states where that is
-    a matrix, else from routing_logits. The device expected of all is that of most of the tensors.
+    `ten`: the ten inputs in the definition's order, anything at all. T is what most of the three tensors that have it
+    say, hidden_states first. The device expected of all is that of most of the tensors.
     """
     if len(ten) != len(FIELDS):
         return [f"arguments: expected the {len(FIELDS)} inputs {', '.join(FIELDS)}; got {len(ten)}"]
     given = dict(zip(FIELDS, ten, strict=True))
     tensors = {name: given[name] for name in TENSOR_FIELDS if isinstance(given[name], torch.Tensor)}
-    rows = [
-        t.shape[0] for n in ("hidden_states", "routing_logits") if (t := tensors.get(n)) is not None and t.dim() == 2
-    ]
-    layout = expected_layout(geometry, rows[0] if rows else 0)
+    axis_of_tokens = {"hidden_states": 0, "routing_logits": 0, "hidden_states_scale": 1}
+    votes = [tensors[n].shape[axis] for n, axis in axis_of_tokens.items() if n in tensors and tensors[n].dim() == 2]
+    layout = expected_layout(geometry, max(votes, key=votes.count) if votes else 0)
     devices = [str(tensor.device) for tensor in tensors.values()]
     device = max(devices, key=devices.count) if devices else "cpu"
     problems = []
@@ -147,8 +146,12 @@ def _tensor_problems(name: str, value: Any, shape: tuple[int, ...], dtype: torch
         found.append(f"expected dtype {_short(dtype)}, got {_short(value.dtype)}")
     if str(value.device) != device:
         found.append(f"expected device {device} as the other inputs, got {value.device}")
-    if not value.is_contiguous():
+    if value.layout != torch.strided:
+        found.append(f"expected a dense tensor, got layout {_short(value.layout)}")
+    elif not value.is_contiguous():
         found.append(f"expected a contiguous tensor, got strides {list(value.stride())}: call .contiguous()")
+    if not found and device == "meta":
+        found.append("expected a tensor with data, got device meta")
     if not found and name.endswith("_scale"):
         bad = int((~torch.isfinite(value)).sum())
         if bad:
@@ -173,8 +176,8 @@ def _scalar_problems(geometry: Geometry, offset: Any, factor: Any) -> list[str]:
     return problems
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _short(what: torch.dtype | torch.layout) -> str:
+    return str(what).removeprefix("torch.")
 
 
 assert tuple(f.name for f in fields(Inputs))[:10] == FIELDS

@@ -82,6 +82,7 @@ def spacing_e4m3(x: torch.Tensor) -> torch.Tensor:
 
 
 def spacing_bf16(x: torch.Tensor) -> torch.Tensor:
-    """Distance between neighbouring bfloat16 numbers at x: 2**(floor(log2|x|) - 7)."""
-    exponent = (torch.frexp(x)[1] - 1).clamp(min=-126)
+    """Distance between neighbouring bfloat16 numbers at x: 2**(max(floor(log2|x|), -126) - 7)."""
+    exponent = torch.frexp(x)[1] - 1  # floor(log2|x|); 0 gives -1, lowered to -126 below
+    exponent = torch.where(x == 0, torch.full_like(exponent, -126), exponent).clamp(min=-126)
     return torch.ldexp(torch.ones_like(x), exponent - 7)

@@ -177,6 +177,11 @@ def moe(inputs: Inputs, recipe: Recipe = EXACT, dtype: torch.dtype = torch.float
     routing = route(
         inputs.routing_logits, inputs.routing_bias, inputs.geometry, inputs.routed_scaling_factor, recipe, dtype
     )
+    return experts(inputs, routing, recipe, dtype)
+
+
+def experts(inputs: Inputs, routing: Routing, recipe: Recipe = EXACT, dtype: torch.dtype = torch.float32) -> Trace:
+    """The layer from a given routing on."""
     permutation = permute(routing.topk_ids, inputs.geometry, inputs.local_expert_offset)
     gemm1_out = gemm1(inputs, permutation, recipe, dtype)
     swiglu_out = swiglu(gemm1_out, recipe)

@@ -81,14 +81,16 @@ def _prefer(problem: Problem, chosen: NDArray[np.int64], lift: float = 4.0) -> R
 
 @_kind
 def balanced(problem: Problem) -> Routing:
-    """Every expert gets the same number of tokens, up to one round: topk_group groups in turn, members in turn."""
+    """Every expert gets the same number of tokens, up to one: groups in turn, members in turn.
+
+    Where the groups that a token visits can not share top_k evenly, the last one of each token gets fewer.
+    """
     g = problem.geometry
     token = np.arange(problem.seq_len)[:, None]
     slot = np.arange(g.top_k)[None, :]
-    rank = token * g.top_k + slot  # counts all assignments
     per_group = -(-g.top_k // g.topk_group)
-    group = (token * g.topk_group + slot // per_group) % g.n_group
-    rounds = rank // g.top_k * g.topk_group // g.n_group  # times that all groups were visited
+    visit = token * -(-g.top_k // per_group) + slot // per_group  # counts visits of a token to a group
+    group, rounds = visit % g.n_group, visit // g.n_group  # rounds: times that all groups were visited
     member = (rounds * per_group + slot % per_group) % g.group_size
     return _prefer(problem, group * g.group_size + member)
 
@@ -141,10 +143,17 @@ def ties(problem: Problem) -> Routing:
 
 @_kind
 def near_ties(problem: Problem) -> Routing:
-    """All logits of a token within 2**-6, distinct by 2**-14: a router in bfloat16 chooses others."""
+    """A token's logits are 1 + rank * 2**-14: distinct in float32, but bfloat16 keeps only multiples of 2**-7 there.
+
+    Ranks run through the groups in turn, so that group scores differ by two steps too: nothing is tied exactly.
+    """
     g = problem.geometry
-    rank = np.argsort(_logit_noise(problem), axis=1, kind="stable")
-    return rank.astype(np.float32) * np.float32(2.0**-14), np.zeros(g.num_experts, dtype=np.float32)
+    noise = _logit_noise(problem).reshape(problem.seq_len, g.n_group, g.group_size)
+    member = np.argsort(noise, axis=2, kind="stable")
+    group = np.argsort(noise[:, :, 0], axis=1, kind="stable")
+    rank = (member * g.n_group + group[:, :, None]).reshape(problem.seq_len, g.num_experts)
+    logits = np.float32(1.0) + rank.astype(np.float32) * np.float32(2.0**-14)
+    return logits, np.zeros(g.num_experts, dtype=np.float32)
 
 
 @_kind

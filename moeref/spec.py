@@ -6,6 +6,7 @@ gives every input byte (moeref.make). Axes: T tokens, E experts, L local experts
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 
@@ -144,7 +145,8 @@ class Recipe:
             "bf16_weights": {"topk_weights": "bf16"},
         }
         for part in sorted(parts, key=lambda part: part == "ue8m0"):  # ue8m0 qualifies requant: it goes last
-            if part not in changes or ("exact" in parts and len(parts) > 1) or parts.count(part) > 1:
+            twice = parts.count(part) > 1 or {"requant", "requant2"} <= set(parts)
+            if part not in changes or ("exact" in parts and len(parts) > 1) or twice:
                 raise SpecError(
                     f"unknown recipe '{text}': expected 'exact', or parts of {', '.join(changes)} joined by +"
                 )
@@ -173,6 +175,8 @@ class Problem:
             raise SpecError(f"seq_len={self.seq_len}: expected 0 or more tokens")
         if not 0 <= self.seed < 2**63:
             raise SpecError(f"seed={self.seed}: expected 0 <= seed < 2**63")
+        if not math.isfinite(self.factor):
+            raise SpecError(f"factor={self.factor}: expected a finite routed_scaling_factor")
         low, high = -self.geometry.num_local_experts, self.geometry.num_experts
         if not low < self.offset < high:
             raise SpecError(
@@ -183,7 +187,7 @@ class Problem:
     @property
     def name(self) -> str:
         """The printed name."""
-        tail = "" if self.factor == DEFAULT_SCALING else f"-f{self.factor!r}"
+        tail = "" if self.factor == DEFAULT_SCALING else f"-f{float(self.factor)!r}"
         return f"{self.geometry.name}-t{self.seq_len}-o{self.offset}-{self.routing}-{self.values}-s{self.seed}{tail}"
 
     @property

@@ -42,16 +42,21 @@ def _signed_normal(stream: Stream, count: int, size: float) -> F32:
 
 def _jittered(stream: Stream, count: int, size: float) -> F32:
     """size * 2**u with u one of 64 steps in [-1/2, 1/2): as amax/448 of real blocks varies."""
-    step = stream.below(64, count)
-    table = np.array([round(2.0 ** (i / 64 - 0.5) * 4096) for i in range(64)], dtype=np.float32) / np.float32(4096)
-    draws: F32 = table[step] * np.float32(size)
+    draws: F32 = _jitter_table()[stream.below(64, count)] * np.float32(size)
     return draws
+
+
+def _jitter_table() -> F32:
+    """[64] 2**(i/64 - 1/2), rounded to multiples of 2**-12."""
+    return np.array([round(2.0 ** (i / 64 - 0.5) * 4096) for i in range(64)], dtype=np.float32) / np.float32(4096)
 
 
 def _powers(stream: Stream, count: int, size: float) -> F32:
     """size * 2**{-4 .. 3}: neighbouring blocks differ by up to 128, so a scale from the wrong block shows."""
-    power = stream.below(8, count).astype(np.float32) - np.float32(4)
-    return _jittered(stream, count, size) * np.exp2(power).astype(np.float32)
+    draw = stream.below(512, count)  # one word a scale, so that the first scales do not depend on count
+    power, step = (draw >> 6).astype(np.int32) - 4, draw & 63
+    draws: F32 = np.ldexp(_jitter_table()[step], power) * np.float32(size)
+    return draws
 
 
 # Payload widths. A block's largest magnitude is 448 by construction of amax/448; for n normal draws amax is about
@@ -104,13 +109,13 @@ VALUES: dict[str, Values] = {
     "model_like": _model(),
     # block scales over eight powers of two
     "heterogeneous": _model(scale=_powers),
-    # zero tokens, zero activation blocks, zero weight blocks and one expert that is all zero
+    # zero tokens, zero activation blocks, zero weight blocks; every fourth expert's gemm1 weights are all zero
     "zero_block": _model(zero_blocks=True),
     # outputs near 1e-7: any absolute tolerance hides everything
     "tiny": _model(lambda g: 2.0**-19),
     # outputs far above 65504, float16's largest
     "huge": _model(lambda g: 2.0**5),
-    # one or two values of a block are 448, the rest below 30: a coarser amax or a clipped one shows
+    # one value in 128 is +-448, the rest below 30: a coarser amax or a clipped one shows
     "outlier": _model(lambda g: 2.0**-5, hidden_table=_OUTLIER),
 }
 

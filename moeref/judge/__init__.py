@@ -1,0 +1,1 @@
+"""Is it right? Comparison, noise model, vacuity and the verdict."""

@@ -1,0 +1,58 @@
+"""Element and row comparisons: FlashInfer-Bench's matched ratio, and relative row errors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+CHUNK = 1024  # tokens compared at a time, so that temporaries stay small at seq_len 14107
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """An element fails when abs > atol and abs / (|ref| + 1e-8) > rtol; the share that does not fail must reach
+    `required` (FlashInfer-Bench's low-bit evaluator)."""
+
+    name: str
+    rtol: float
+    atol: float
+    required: float
+
+
+CRITERIA = {
+    "published": Criterion("published", rtol=0.2, atol=0.1, required=0.85),
+    "contest": Criterion("contest", rtol=0.3, atol=1.0, required=0.9),
+    "default": Criterion("default", rtol=0.01, atol=0.01, required=0.95),
+}
+
+
+def chunks(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Views of at most CHUNK rows each; none for an empty tensor."""
+    return [tensor[start : start + CHUNK] for start in range(0, len(tensor), CHUNK)]
+
+
+def matched_per_token(output: torch.Tensor, reference: torch.Tensor, criterion: Criterion) -> torch.Tensor:
+    """Share of matching elements of each row, [T] float64. output, reference: [T, H]; a NaN in output never matches.
+
+    Raises ValueError for a reference that is not finite: no candidate can be held to it.
+    """
+    shares = []
+    for out, ref in zip(chunks(output), chunks(reference), strict=True):
+        out, ref = out.float(), ref.float()
+        if not bool(torch.isfinite(ref).all()):
+            raise ValueError("the reference holds NaN or inf: nothing can be compared with it")
+        error = (out - ref).abs()
+        close = (error <= criterion.atol) | (error / (ref.abs() + 1e-8) <= criterion.rtol)
+        shares.append((close & torch.isfinite(out)).double().mean(1))
+    return torch.cat(shares) if shares else torch.empty(0, dtype=torch.float64)
+
+
+def row_errors(output: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """||out - ref|| / ||ref|| of each row, [T] float64: 0 where both are zero, inf where only ref is."""
+    errors = []
+    for out, ref in zip(chunks(output), chunks(reference), strict=True):
+        norm = ref.double().norm(dim=1)
+        difference = (out.double() - ref.double()).norm(dim=1)
+        errors.append(torch.where(difference == 0, difference, difference / norm))
+    return torch.cat(errors) if errors else torch.empty(0, dtype=torch.float64)

@@ -1,0 +1,66 @@
+"""Tokens whose choice of experts is a toss-up, and the other choices that are as good."""
+
+from __future__ import annotations
+
+import torch
+
+from moeref.inputs import Inputs
+from moeref.reference import NORMALISER_EPSILON, Routing, route
+from moeref.spec import Geometry
+
+MARGIN_ULPS = 8
+"""A biased score carries the rounding of exp, of the reciprocal, and of the sum with the bias, each about one unit in
+the last place of the largest operand; the sum of two doubles that. Two such numbers compare safely 8 units apart."""
+
+
+def ambiguous_tokens(inputs: Inputs, routing: Routing) -> torch.Tensor:
+    """Tokens [n] int64 whose margin at the expert or the group cut is within float32 rounding, exact ties included."""
+    size = 1.0 + inputs.routing_bias.float().abs().max()
+    slack = MARGIN_ULPS * torch.finfo(torch.float32).eps * size
+    close = (routing.expert_margin <= slack) | (routing.group_margin <= slack)
+    return close.nonzero().squeeze(1)
+
+
+def other_choices(inputs: Inputs, geometry: Geometry) -> list[Routing]:
+    """Other admissible routings of these (ambiguous) tokens.
+
+    Ties to the higher id; the other side of the expert cut; of the group cut; of both. A routing may repeat the
+    first choice where that cut is clear.
+    """
+    reversed_ids = _reversed(inputs, geometry)
+    scores = torch.sigmoid(inputs.routing_logits)
+    biased = scores + inputs.routing_bias.float()
+    grouped = biased.view(len(biased), geometry.n_group, geometry.group_size)
+    group_score = grouped.topk(min(2, geometry.group_size), dim=-1).values.sum(-1)
+    groups = torch.sort(group_score, dim=-1, descending=True, stable=True).indices
+    found = [_weigh(reversed_ids, scores, inputs)]
+    for group_swap, expert_swap in ((False, True), (True, False), (True, True)):
+        order = _swap_at(groups, geometry.topk_group) if group_swap else groups
+        kept = torch.zeros_like(group_score, dtype=torch.bool).scatter_(1, order[:, : geometry.topk_group], True)
+        masked = grouped.masked_fill(~kept.unsqueeze(-1), torch.finfo(torch.float32).min).flatten(1)
+        ids = torch.sort(masked, dim=-1, descending=True, stable=True).indices
+        ids = _swap_at(ids, geometry.top_k) if expert_swap else ids
+        found.append(_weigh(ids[:, : geometry.top_k], scores, inputs))
+    return found
+
+
+def _reversed(inputs: Inputs, geometry: Geometry) -> torch.Tensor:
+    """topk_ids [T, K] when the higher id wins among equals, for groups and for experts: route with ids turned round."""
+    turned = route(inputs.routing_logits.flip(1), inputs.routing_bias.flip(0), geometry, 1.0)
+    return geometry.num_experts - 1 - turned.topk_ids
+
+
+def _swap_at(order: torch.Tensor, count: int) -> torch.Tensor:
+    """Exchange the last taken and the first left-out column, where anything is left out."""
+    if count >= order.shape[1]:
+        return order
+    swapped = order.clone()
+    swapped[:, [count - 1, count]] = order[:, [count, count - 1]]
+    return swapped
+
+
+def _weigh(topk_ids: torch.Tensor, scores: torch.Tensor, inputs: Inputs) -> Routing:
+    chosen = scores.gather(1, topk_ids)
+    weights = chosen / (chosen.sum(-1, keepdim=True) + NORMALISER_EPSILON) * inputs.routed_scaling_factor
+    clear = torch.full_like(weights[:, 0], torch.inf)
+    return Routing(topk_ids, weights, clear, clear)

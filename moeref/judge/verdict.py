@@ -1,0 +1,278 @@
+"""From what a candidate returned to a verdict: every check, the figures, one status."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from moeref.inputs import Inputs
+from moeref.judge import checks
+from moeref.judge.checks import Check
+from moeref.judge.compare import CRITERIA, Criterion, matched_per_token, row_errors
+from moeref.judge.noise import Fit, fit, output_noise
+from moeref.judge.recipes import nearest_recipes
+from moeref.judge.ties import ambiguous_tokens, other_choices
+from moeref.reference import Trace, experts
+from moeref.spec import EXACT, Recipe
+
+PASS, FAIL, ERROR, UNSUPPORTED, INCONCLUSIVE = "PASS", "FAIL", "ERROR", "UNSUPPORTED", "INCONCLUSIVE"
+AUTO = "auto"
+
+
+class Observed(Protocol):
+    """What a run of a candidate on one problem left behind (moeref.interop.runner.CandidateRun has this shape)."""
+
+    status: str  # 'ok', 'error' or 'unsupported'
+    message: str
+    outputs: list[Any]  # one per call; from the second call on the output buffer was poisoned otherwise
+    poisoned: bool  # outputs were written into a buffer that we had filled
+    changed_inputs: list[str]
+    aliased_inputs: list[str]
+    overwritten_result: bool
+    deterministic: bool  # the candidate promises the same bytes on every call
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured on one problem, judged or not."""
+
+    seq_len: int
+    offset: int
+    active_tokens: int
+    local_rows: int
+    experts_hit: int
+    matched: dict[str, float] = field(default_factory=dict)  # criterion -> matched ratio over all elements
+    matched_active: dict[str, float] = field(default_factory=dict)  # the same over active tokens alone
+    matched_worst_token: float | None = None  # of the judged criterion
+    worst_row: float | None = None  # largest relative error of an active row
+    worst_row_token: int | None = None
+    median_row: float | None = None
+    noise_z: float | None = None  # root mean square error in units of what the recipe costs
+    ambiguous_tokens: int = 0
+    other_choice_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The judgement of one problem."""
+
+    problem: str
+    status: str
+    checks: tuple[Check, ...]
+    recipe: str  # judged under this one; '' where nothing was judged
+    recipe_found: bool  # True: found from the errors; False: declared
+    figures: Figures
+    message: str  # one paragraph
+    missed: tuple[str, ...] = ()  # checks that failed but that the chosen criterion does not look at
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Names of the failed checks."""
+        return tuple(check.name for check in self.checks if check.passed is False)
+
+
+def judge(
+    problem: str,
+    inputs: Inputs,
+    trace: Trace,
+    observed: Observed,
+    recipe: str = AUTO,
+    criterion: Criterion = CRITERIA["published"],
+    matched_ratio_alone: bool = False,
+) -> Verdict:
+    """Judge what a candidate did with `inputs` (CPU or GPU), given the exact float32 reference trace of them.
+
+    recipe: a recipe's name, or 'auto' to find the nearest legal one. matched_ratio_alone: decide by form, finiteness
+    and `criterion` as the published evaluator does, and list in `missed` what else failed.
+    """
+    active = torch.unique(trace.permutation.permuted_idx_to_token_idx)
+    rows_of_expert = trace.permutation.expert_offsets.diff()
+    base = Figures(
+        seq_len=inputs.seq_len,
+        offset=inputs.local_expert_offset,
+        active_tokens=len(active),
+        local_rows=int(rows_of_expert.sum()),
+        experts_hit=int((rows_of_expert > 0).sum()),
+    )
+    if observed.status != "ok":
+        status = UNSUPPORTED if observed.status == "unsupported" else ERROR
+        return Verdict(problem, status, (), "", False, base, observed.message)
+    if not bool(torch.isfinite(trace.unrounded).all()):
+        where = (~torch.isfinite(trace.unrounded)).any(1).nonzero()[0].item()
+        message = f"the reference itself holds NaN or inf (first in token {where}): this problem can judge nobody"
+        return Verdict(problem, ERROR, (), "", False, base, message)
+    found = [checks.form(observed.outputs, inputs.seq_len, inputs.geometry.hidden_size)]
+    found += checks.conduct(observed)
+    if not checks.comparable(observed.outputs, inputs.seq_len, inputs.geometry.hidden_size):
+        return _conclude(problem, found, "", False, base, matched_ratio_alone)
+    outputs = _different(observed.outputs, trace.unrounded.device)
+    found += checks.written(observed)
+    found += checks.repeated(observed)
+    found += checks.content(outputs, active)
+    measured = _measure(base, outputs, trace.output, active, criterion)
+    found.append(checks.matched(measured.matched[criterion.name], criterion))
+    name, was_found = "", False
+    if len(active):
+        name, was_found, fits = _fit_recipe(outputs, trace, inputs, active, recipe)
+        ambiguous = ambiguous_tokens(inputs, trace.routing)
+        ambiguous = ambiguous[torch.isin(ambiguous, active)]
+        other = 0
+        worst = max(fits, key=lambda one: (not one.passed, one.rows.value))
+        if not worst.passed and len(ambiguous):
+            worst, other = _retry_without_toss_ups(outputs, trace, inputs, active, ambiguous, Recipe.parse(name), worst)
+        found += checks.noise(worst, active, name)
+        z = worst.overall.value
+        measured = Figures(
+            **{**vars(measured), "noise_z": z, "ambiguous_tokens": len(ambiguous), "other_choice_tokens": other}
+        )
+    vacuous = "" if float(trace.output.abs().max() if trace.output.numel() else 0) else _why_vacuous(base)
+    return _conclude(problem, found, name, was_found, measured, matched_ratio_alone, vacuous)
+
+
+def _why_vacuous(figures: Figures) -> str:
+    if not figures.seq_len:
+        return "no token: only the output's form was tested"
+    if not figures.active_tokens:
+        return "no token chose a local expert: only that the output is zero was tested"
+    return "the reference's output is all zero: only that was tested"
+
+
+def _conclude(
+    problem: str,
+    found: Sequence[Check],
+    recipe: str,
+    recipe_found: bool,
+    figures: Figures,
+    matched_ratio_alone: bool,
+    vacuous: str = "",
+) -> Verdict:
+    published = ("form", "finite", "matched_ratio")
+    failed = [check for check in found if check.passed is False]
+    missed: list[Check] = []
+    if matched_ratio_alone:
+        missed = [check for check in failed if check.name not in published]
+        failed = [check for check in failed if check.name in published]
+    if failed:
+        status, message = FAIL, "; ".join(f"{check.name}: {check.detail}" for check in failed)
+        ratio = figures.matched.get("published")
+        if ratio is not None and ratio >= CRITERIA["published"].required and not figures_blocked(failed):
+            message += f"; the published criterion alone would have passed it (matched {ratio:.4f} >= 0.85)"
+    elif vacuous:
+        status, message = INCONCLUSIVE, vacuous
+    else:
+        status, message = PASS, ""
+        if missed:
+            message = "the matched ratio does not see: " + "; ".join(
+                f"{check.name}: {check.detail}" for check in missed
+            )
+    names = tuple(check.name for check in missed)
+    return Verdict(problem, status, tuple(found), recipe, recipe_found, figures, message, names)
+
+
+def figures_blocked(failed: Sequence[Check]) -> bool:
+    """True if one of the failed checks is one that the published evaluator makes as well."""
+    return any(check.name in ("form", "finite", "matched_ratio") for check in failed)
+
+
+def _different(outputs: list[Any], device: torch.device) -> list[torch.Tensor]:
+    """The outputs without byte-equal repeats, on the reference's device."""
+    kept: list[torch.Tensor] = []
+    for output in outputs:
+        if not any(torch.equal(_octets(output), _octets(other)) for other in kept):
+            kept.append(output)
+    return [output.to(device) for output in kept]
+
+
+def _octets(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def _measure(
+    base: Figures, outputs: list[torch.Tensor], reference: torch.Tensor, active: torch.Tensor, criterion: Criterion
+) -> Figures:
+    """Matched ratios and row errors; of several different outputs the worst one counts."""
+    matched, matched_active, worst_token = {}, {}, None
+    for one in CRITERIA.values():
+        per_token = [matched_per_token(output, reference, one) for output in outputs]
+        matched[one.name] = min((float(share.mean()) for share in per_token if len(share)), default=1.0)
+        if len(active):
+            matched_active[one.name] = min(float(share[active].mean()) for share in per_token)
+            if one.name == criterion.name:
+                worst_token = min(float(share[active].min()) for share in per_token)
+    measured = {**vars(base), "matched": matched, "matched_active": matched_active, "matched_worst_token": worst_token}
+    if len(active):
+        errors = torch.stack([row_errors(output[active], reference[active]) for output in outputs]).amax(0)
+        errors = errors.nan_to_num(nan=torch.inf)
+        measured["worst_row"] = float(errors.max())
+        measured["worst_row_token"] = int(active[int(errors.argmax())])
+        measured["median_row"] = float(errors.median())
+    return Figures(**measured)
+
+
+def _fit_recipe(
+    outputs: list[torch.Tensor], trace: Trace, inputs: Inputs, active: torch.Tensor, recipe: str
+) -> tuple[str, bool, list[Fit]]:
+    """(recipe judged under, whether it was found, the fit of each output).
+
+    'auto' takes the recipe whose emulation lies nearest. Where the output does not fit that one, it may still be an
+    honest kernel that re-quantises once in a way of its own (say, after weighting): then its errors must pass every
+    gate of a plain re-quantisation. Two re-quantisations are accepted only where their emulation is the nearest.
+    """
+
+    def fits(one: Recipe) -> list[Fit]:
+        noise = output_noise(trace, inputs, one)
+        return [fit(output, trace, noise, active) for output in outputs]
+
+    if recipe != AUTO:
+        return Recipe.parse(recipe).name, False, fits(Recipe.parse(recipe))
+    nearest = nearest_recipes(outputs[0], trace, inputs, active)[0].recipe
+    first = fits(nearest)
+    if nearest.requantize == 0 and not all(one.passed for one in first):
+        own_way = Recipe(requantize=1)
+        second = fits(own_way)
+        if all(one.passed for one in second) and min(one.overall.value for one in second) > OWN_WAY_FLOOR:
+            return own_way.name, True, second
+    return nearest.name, True, first
+
+
+OWN_WAY_FLOOR = 0.5
+"""A kernel taken as re-quantising in its own way must show at least half of that noise: an exact kernel with a small
+systematic error would otherwise be excused by noise that it does not have."""
+
+
+def _retry_without_toss_ups(
+    outputs: list[torch.Tensor],
+    trace: Trace,
+    inputs: Inputs,
+    active: torch.Tensor,
+    ambiguous: torch.Tensor,
+    recipe: Recipe,
+    worst: Fit,
+) -> tuple[Fit, int]:
+    """Judge clear tokens as before and ambiguous ones by any admissible choice. Returns the worst fit and how many
+    ambiguous tokens fitted another choice only. A token that fits none stays in, as it was judged."""
+    part = inputs.take(ambiguous)
+    noise = output_noise(trace, inputs, recipe)
+    excused = torch.zeros(len(ambiguous), dtype=torch.bool, device=ambiguous.device)
+    for routing in other_choices(part, inputs.geometry):
+        other = experts(part, routing, EXACT)
+        other_noise = output_noise(other, part, recipe)
+        has_rows = torch.unique(other.permutation.permuted_idx_to_token_idx)
+        good = torch.ones_like(excused)
+        for output in outputs:
+            rows = output[ambiguous]
+            fine = (rows == 0).all(1)  # tokens that this choice leaves without local work must be zero
+            if len(has_rows):
+                fine[has_rows] = fit(rows, other, other_noise, has_rows).row_excess <= 1
+            good &= fine
+        excused |= good
+    for output in outputs:  # those that fit the first choice need no excuse
+        excused &= fit(output, trace, noise, ambiguous).row_excess > 1
+    keep = active[~torch.isin(active, ambiguous[excused])]
+    if not len(keep) or not bool(excused.any()):
+        return worst, 0
+    fits = [fit(output, trace, noise, keep) for output in outputs]
+    return max(fits, key=lambda one: (not one.passed, one.rows.value)), int(excused.sum())
