@@ -51,9 +51,19 @@ def _bf16(values: NDArray[np.floating]) -> F32:
 
 
 def _distinct_bf16(problem: Problem, lowest: float) -> F32:
-    """E different bfloat16 numbers from `lowest` upwards, consecutive ones, in a drawn order."""
+    """E different bfloat16 numbers from `lowest` upwards, consecutive ones, in a drawn order.
+
+    The two largest go to two neighbouring local experts (of one group, where the shard has two such), so that a
+    choice by bias alone leaves local work.
+    """
     first = int(np.array([lowest], dtype=np.float32).view(np.uint32)[0]) >> 16
     steps = Stream(problem.seed, ORDER).permutation(problem.geometry.num_experts)
+    real, size = problem.real_experts, problem.geometry.group_size
+    target = real[len(real) // 2]
+    partner = next((e for e in (target + 1, target - 1) if e in real and e // size == target // size), target)
+    for expert, step in ((partner, len(steps) - 2), (target, len(steps) - 1)):
+        other = int(np.argmax(steps == step))
+        steps[[expert, other]] = steps[[other, expert]]
     return ((first + steps).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 

@@ -72,16 +72,16 @@ def written(observed: Observed) -> list[Check]:
     first, second = observed.outputs[0], observed.outputs[1]
     left = torch.isnan(first) & (second == POISONS[1])  # still what we had put there, in both
     depends = torch.isnan(first) & ~torch.isnan(second) & ~left
+    if bool(depends.any()):
+        row = int(depends.any(1).nonzero()[0])
+        detail = f"{int(depends.sum())} elements depend on what the output buffer held before (first: row {row})"
+        return [Check("written", False, detail)]
     if bool(left.any()):
         rows = left.any(1).nonzero().squeeze(1)
         detail = (
             f"{int(left.sum())} elements of {len(rows)} rows were never written (first: row {int(rows[0])}); rows "
             "without a local expert must be set to zero"
         )
-        return [Check("written", False, detail)]
-    if bool(depends.any()):
-        row = int(depends.any(1).nonzero()[0])
-        detail = f"{int(depends.sum())} elements depend on what the output buffer held before (first: row {row})"
         return [Check("written", False, detail)]
     return [Check("written", True)]
 
@@ -128,7 +128,7 @@ def matched(ratio: float, criterion: Criterion) -> Check:
     return Check("matched_ratio", False, detail)
 
 
-def noise(worst: Fit, active: torch.Tensor, recipe: str) -> list[Check]:
+def noise(worst: Fit, recipe: str) -> list[Check]:
     """The four gates of the noise model."""
     out = int((~(worst.row_excess <= 1)).sum())
     rows = (

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from moeref.inputs import Inputs
-from moeref.reference import NORMALISER_EPSILON, Routing, route
+from moeref.judge.compare import row_errors
+from moeref.reference import NORMALISER_EPSILON, Routing, Trace, experts, route
 from moeref.spec import Geometry
 
 MARGIN_ULPS = 8
@@ -19,6 +20,32 @@ def ambiguous_tokens(inputs: Inputs, routing: Routing) -> torch.Tensor:
     slack = MARGIN_ULPS * torch.finfo(torch.float32).eps * size
     close = (routing.expert_margin <= slack) | (routing.group_margin <= slack)
     return close.nonzero().squeeze(1)
+
+
+def adopt(inputs: Inputs, trace: Trace, output: torch.Tensor) -> tuple[Trace, int, int]:
+    """The trace under the admissible choices that come nearest to output [T, H], token by token.
+
+    Returns (trace, ambiguous tokens, tokens that took another choice than the lower id). The trace is the given one
+    where no token did. Output rows that are not finite take the first choice.
+    """
+    tokens = ambiguous_tokens(inputs, trace.routing)
+    if not len(tokens):
+        return trace, 0, 0
+    part, rows = inputs.take(tokens), output[tokens]
+    first = trace.routing
+    choices = [Routing(*(field[tokens] for field in vars(first).values())), *other_choices(part, inputs.geometry)]
+    errors = [row_errors(rows, trace.output[tokens])]
+    errors += [row_errors(rows, experts(part, choice).output) for choice in choices[1:]]
+    best = torch.stack(errors).nan_to_num(nan=torch.inf, posinf=torch.finfo(torch.float64).max).argmin(0)  # [n]
+    changed = best > 0
+    if not bool(changed.any()):
+        return trace, len(tokens), 0
+    index = torch.arange(len(tokens), device=tokens.device)
+    ids, weights = first.topk_ids.clone(), first.topk_weights.clone()
+    ids[tokens] = torch.stack([choice.topk_ids for choice in choices])[best, index]
+    weights[tokens] = torch.stack([choice.topk_weights for choice in choices])[best, index]
+    routing = Routing(ids, weights, first.expert_margin, first.group_margin)
+    return experts(inputs, routing), len(tokens), int(changed.sum())
 
 
 def other_choices(inputs: Inputs, geometry: Geometry) -> list[Routing]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -14,9 +14,9 @@ from moeref.judge.checks import Check
 from moeref.judge.compare import CRITERIA, Criterion, matched_per_token, row_errors
 from moeref.judge.noise import Fit, fit, output_noise
 from moeref.judge.recipes import nearest_recipes
-from moeref.judge.ties import ambiguous_tokens, other_choices
-from moeref.reference import Trace, experts
-from moeref.spec import EXACT, Recipe
+from moeref.judge.ties import adopt
+from moeref.reference import Trace
+from moeref.spec import Recipe
 
 PASS, FAIL, ERROR, UNSUPPORTED, INCONCLUSIVE = "PASS", "FAIL", "ERROR", "UNSUPPORTED", "INCONCLUSIVE"
 AUTO = "auto"
@@ -88,15 +88,7 @@ def judge(
     recipe: a recipe's name, or 'auto' to find the nearest legal one. matched_ratio_alone: decide by form, finiteness
     and `criterion` as the published evaluator does, and list in `missed` what else failed.
     """
-    active = torch.unique(trace.permutation.permuted_idx_to_token_idx)
-    rows_of_expert = trace.permutation.expert_offsets.diff()
-    base = Figures(
-        seq_len=inputs.seq_len,
-        offset=inputs.local_expert_offset,
-        active_tokens=len(active),
-        local_rows=int(rows_of_expert.sum()),
-        experts_hit=int((rows_of_expert > 0).sum()),
-    )
+    base = _base(inputs, trace)
     if observed.status != "ok":
         status = UNSUPPORTED if observed.status == "unsupported" else ERROR
         return Verdict(problem, status, (), "", False, base, observed.message)
@@ -109,27 +101,35 @@ def judge(
     if not checks.comparable(observed.outputs, inputs.seq_len, inputs.geometry.hidden_size):
         return _conclude(problem, found, "", False, base, matched_ratio_alone)
     outputs = _different(observed.outputs, trace.unrounded.device)
+    trace, ambiguous, other = adopt(inputs, trace, outputs[0])
+    active = torch.unique(trace.permutation.permuted_idx_to_token_idx)
     found += checks.written(observed)
     found += checks.repeated(observed)
     found += checks.content(outputs, active)
-    measured = _measure(base, outputs, trace.output, active, criterion)
+    measured = _measure(_base(inputs, trace), outputs, trace.output, active, criterion)
+    measured = replace(measured, ambiguous_tokens=ambiguous, other_choice_tokens=other)
     found.append(checks.matched(measured.matched[criterion.name], criterion))
     name, was_found = "", False
     if len(active):
         name, was_found, fits = _fit_recipe(outputs, trace, inputs, active, recipe)
-        ambiguous = ambiguous_tokens(inputs, trace.routing)
-        ambiguous = ambiguous[torch.isin(ambiguous, active)]
-        other = 0
         worst = max(fits, key=lambda one: (not one.passed, one.rows.value))
-        if not worst.passed and len(ambiguous):
-            worst, other = _retry_without_toss_ups(outputs, trace, inputs, active, ambiguous, Recipe.parse(name), worst)
-        found += checks.noise(worst, active, name)
-        z = worst.overall.value
-        measured = Figures(
-            **{**vars(measured), "noise_z": z, "ambiguous_tokens": len(ambiguous), "other_choice_tokens": other}
-        )
-    vacuous = "" if float(trace.output.abs().max() if trace.output.numel() else 0) else _why_vacuous(base)
+        found += checks.noise(worst, name)
+        measured = replace(measured, noise_z=worst.overall.value)
+    silent = not (trace.output.numel() and float(trace.output.abs().max()))
+    vacuous = _why_vacuous(measured) if silent else ""
     return _conclude(problem, found, name, was_found, measured, matched_ratio_alone, vacuous)
+
+
+def _base(inputs: Inputs, trace: Trace) -> Figures:
+    """What a trace says before anything is compared with it."""
+    rows_of_expert = trace.permutation.expert_offsets.diff()
+    return Figures(
+        seq_len=inputs.seq_len,
+        offset=inputs.local_expert_offset,
+        active_tokens=len(torch.unique(trace.permutation.permuted_idx_to_token_idx)),
+        local_rows=int(rows_of_expert.sum()),
+        experts_hit=int((rows_of_expert > 0).sum()),
+    )
 
 
 def _why_vacuous(figures: Figures) -> str:
@@ -202,14 +202,18 @@ def _measure(
             matched_active[one.name] = min(float(share[active].mean()) for share in per_token)
             if one.name == criterion.name:
                 worst_token = min(float(share[active].min()) for share in per_token)
-    measured = {**vars(base), "matched": matched, "matched_active": matched_active, "matched_worst_token": worst_token}
+    measured = replace(base, matched=matched, matched_active=matched_active, matched_worst_token=worst_token)
     if len(active):
         errors = torch.stack([row_errors(output[active], reference[active]) for output in outputs]).amax(0)
         errors = errors.nan_to_num(nan=torch.inf)
-        measured["worst_row"] = float(errors.max())
-        measured["worst_row_token"] = int(active[int(errors.argmax())])
-        measured["median_row"] = float(errors.median())
-    return Figures(**measured)
+        worst = int(errors.argmax())
+        measured = replace(
+            measured,
+            worst_row=float(errors[worst]),
+            worst_row_token=int(active[worst]),
+            median_row=float(errors.median()),
+        )
+    return measured
 
 
 def _fit_recipe(
@@ -241,38 +245,3 @@ def _fit_recipe(
 OWN_WAY_FLOOR = 0.5
 """A kernel taken as re-quantising in its own way must show at least half of that noise: an exact kernel with a small
 systematic error would otherwise be excused by noise that it does not have."""
-
-
-def _retry_without_toss_ups(
-    outputs: list[torch.Tensor],
-    trace: Trace,
-    inputs: Inputs,
-    active: torch.Tensor,
-    ambiguous: torch.Tensor,
-    recipe: Recipe,
-    worst: Fit,
-) -> tuple[Fit, int]:
-    """Judge clear tokens as before and ambiguous ones by any admissible choice. Returns the worst fit and how many
-    ambiguous tokens fitted another choice only. A token that fits none stays in, as it was judged."""
-    part = inputs.take(ambiguous)
-    noise = output_noise(trace, inputs, recipe)
-    excused = torch.zeros(len(ambiguous), dtype=torch.bool, device=ambiguous.device)
-    for routing in other_choices(part, inputs.geometry):
-        other = experts(part, routing, EXACT)
-        other_noise = output_noise(other, part, recipe)
-        has_rows = torch.unique(other.permutation.permuted_idx_to_token_idx)
-        good = torch.ones_like(excused)
-        for output in outputs:
-            rows = output[ambiguous]
-            fine = (rows == 0).all(1)  # tokens that this choice leaves without local work must be zero
-            if len(has_rows):
-                fine[has_rows] = fit(rows, other, other_noise, has_rows).row_excess <= 1
-            good &= fine
-        excused |= good
-    for output in outputs:  # those that fit the first choice need no excuse
-        excused &= fit(output, trace, noise, ambiguous).row_excess > 1
-    keep = active[~torch.isin(active, ambiguous[excused])]
-    if not len(keep) or not bool(excused.any()):
-        return worst, 0
-    fits = [fit(output, trace, noise, keep) for output in outputs]
-    return max(fits, key=lambda one: (not one.passed, one.rows.value)), int(excused.sum())
