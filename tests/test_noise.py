@@ -118,11 +118,8 @@ def test_another_order_of_sums_keeps_the_recipe() -> None:
     active = torch.unique(trace.permutation.permuted_idx_to_token_idx)
     recipe = Recipe(requantize=1)
     exact = moe(inputs, EXACT, torch.float64)
-    jitter = exact.swiglu_out * (
-        1 + 1e-5 * torch.randn(exact.swiglu_out.shape, generator=torch.Generator().manual_seed(2))
-    )
-    from moeref.reference import requantize
-
+    noise = torch.randn(exact.swiglu_out.shape, generator=torch.Generator().manual_seed(2))
+    jitter = exact.swiglu_out * (1 + 1e-5 * noise)
     routing = replace(exact.routing, topk_weights=exact.routing.topk_weights.float())
     result = gemm2(requantize(jitter.float(), recipe), inputs, exact.permutation)
     output = combine(result, routing, exact.permutation).bfloat16()
