@@ -20,7 +20,7 @@ _DEEPSEEK = (
     ("iid", "tiny", 12, 8),
     ("iid", "huge", 12, 16),
     ("iid", "outlier", 12, 0),
-    ("deepseek_like", "published", 1, 8),
+    ("deepseek_like", "published", 1, 24),
     ("deepseek_like", "model_like", 64, 24),
     ("balanced", "model_like", 32, 0),
     ("balanced", "heterogeneous", 129, 8),
