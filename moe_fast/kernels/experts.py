@@ -1,0 +1,139 @@
+"""Experts: gemm1 and gemm2 in one persistent launch, so that neither one's tail nor the other's start idles the memory.
+
+Items are all (tile, part) pairs of gemm1, then all of gemm2. Every program takes the next item from one counter. A
+gemm2 item waits until its tile's gemm1 items are finished; those were taken earlier, by programs that are running, so
+waiting always ends, however few programs fit on the device at once.
+"""
+
+# ruff: noqa: E741 - I is the axis's name throughout the project
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from moe_fast.kernels.gemm1 import gemm1_tile
+from moe_fast.kernels.gemm2 import gemm2_tile
+
+
+@triton.jit(do_not_specialize=["scale_stride", "row_capacity", "max_tiles"])
+def experts_kernel(
+    hidden_states,
+    hidden_states_scale,
+    scale_stride,
+    gemm1_weights,
+    gemm1_weights_scale,
+    gemm2_weights,
+    gemm2_weights_scale,
+    permuted_idx_to_token_idx,
+    expert_offsets,
+    tile_offsets,
+    swiglu_out,
+    requantized,
+    requantized_scale,
+    row_capacity,
+    gemm2_out,
+    counters,  # [1 + max_tiles + max_tiles * I/128] int32, zero: next item, blocks done of a tile, arrivals of a block
+    max_tiles,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    L: tl.constexpr,
+    BN: tl.constexpr,
+    NB: tl.constexpr,
+    MB: tl.constexpr,
+    STAGES1: tl.constexpr,
+    STAGES2: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    done = counters + 1
+    arrivals = done + max_tiles
+    tiles = tl.load(tile_offsets + L)
+    gemm1_items = tiles * (I // NB)
+    items = gemm1_items + tiles * (H // MB)
+    item = tl.atomic_add(counters, 1, sem="relaxed")
+    while item < gemm1_items:
+        tile, complete = gemm1_tile(
+            item, hidden_states, hidden_states_scale, scale_stride, gemm1_weights, gemm1_weights_scale,
+            permuted_idx_to_token_idx, expert_offsets, tile_offsets, swiglu_out, requantized, requantized_scale,
+            row_capacity, arrivals, H, I, L, BN, NB, STAGES1,
+        )  # fmt: skip
+        if complete:
+            tl.atomic_add(done + tile, 1, sem="release")
+        item = tl.atomic_add(counters, 1, sem="relaxed")
+    while item < items:
+        gemm2_tile(
+            item - gemm1_items, requantized, requantized_scale, row_capacity, gemm2_weights, gemm2_weights_scale,
+            expert_offsets, tile_offsets, gemm2_out, done, H, I, L, BN, MB, STAGES2, True, PREFETCH,
+        )  # fmt: skip
+        item = tl.atomic_add(counters, 1, sem="relaxed")
+
+
+def num_counters(max_tiles: int, intermediate: int) -> int:
+    """int32 counters that `experts` needs, zeroed before each call."""
+    return 1 + max_tiles * (1 + intermediate // 128)
+
+
+def experts(
+    hidden_states: torch.Tensor,
+    hidden_states_scale: torch.Tensor,
+    gemm1_weights: torch.Tensor,
+    gemm1_weights_scale: torch.Tensor,
+    gemm2_weights: torch.Tensor,
+    gemm2_weights_scale: torch.Tensor,
+    permuted_idx_to_token_idx: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    tile_offsets: torch.Tensor,
+    swiglu_out: torch.Tensor,
+    requantized: torch.Tensor,
+    requantized_scale: torch.Tensor,
+    gemm2_out: torch.Tensor,
+    counters: torch.Tensor,
+    max_tiles: int,
+    programs: int,
+    tile_rows: int,
+    part1: int,
+    part2: int,
+    warps: int,
+    stages1: int,
+    stages2: int,
+    prefetch: bool = False,
+    pdl: bool = False,
+) -> None:
+    """gemm1 and gemm2 of every local expert: the same writes as `gemm1` then `gemm2`, bit for bit."""
+    local, hidden, intermediate = gemm2_weights.shape
+    options = {"launch_pdl": True} if pdl else {}
+    experts_kernel[(programs,)](
+        hidden_states,
+        hidden_states_scale,
+        hidden_states_scale.stride(0),
+        gemm1_weights,
+        gemm1_weights_scale,
+        gemm2_weights,
+        gemm2_weights_scale,
+        permuted_idx_to_token_idx,
+        expert_offsets,
+        tile_offsets,
+        swiglu_out,
+        requantized,
+        requantized_scale,
+        requantized_scale.stride(0),
+        gemm2_out,
+        counters,
+        max_tiles,
+        H=hidden,
+        I=intermediate,
+        L=local,
+        BN=tile_rows,
+        NB=part1,
+        MB=part2,
+        STAGES1=stages1,
+        STAGES2=stages2,
+        PREFETCH=prefetch,
+        PDL=pdl,
+        num_warps=warps,
+        **options,
+    )

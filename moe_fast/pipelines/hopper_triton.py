@@ -1,0 +1,270 @@
+"""The ten-input function in Triton: route (and permute), experts (gemm1, gemm2), combine.
+
+Three launches up to 128 tokens, five beyond.
+
+Recipe 'requant': SwiGLU's output becomes e4m3 with a float32 scale per 1x128 block; everything else is float32 until
+the final cast. Nothing synchronises with the host; grids hold for any routing, so a captured graph may be replayed
+with other inputs. Made for few rows an expert, where reading the weights is the cost; correct for any size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+
+from moe_fast.kernels.combine import combine
+from moe_fast.kernels.experts import experts, num_counters
+from moe_fast.kernels.permute import CHUNK, permute
+from moe_fast.kernels.routing import route
+
+RECIPE = "requant"
+TOKENS_AT_ONCE = 1024
+"""More tokens than this are done in slices: the workspace must hold top_k rows a token, whatever the routing is."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How `experts` is cut. Measured on an H100; docs/h100.md has the figures."""
+
+    tile_rows: int  # BN, rows of one expert in a tile: the matrix unit's N side
+    part1: int  # columns of swiglu_out an item computes: 32, 64 or 128
+    part2: int  # columns of gemm2_out an item computes: 64, 128 or 256
+    warps: int
+    stages1: int
+    stages2: int
+    programs_per_sm: int
+    prefetch: bool = False  # W2 into L2 while gemm1 finishes
+    pdl: bool = True  # programmatic dependent launch
+
+
+TILINGS: tuple[tuple[int, Tiling], ...] = (
+    (128, Tiling(16, 64, 128, 4, 5, 5, 2)),
+    (512, Tiling(32, 64, 128, 4, 5, 5, 2)),
+    (1024, Tiling(64, 64, 128, 4, 4, 4, 2)),
+)
+"""(up to so many tokens, tiling), for about one local row a token, as expert parallel 8 has."""
+
+
+def choose_tiling(tokens: int) -> Tiling:
+    """The tiling for a slice of `tokens` tokens."""
+    return next((tiling for limit, tiling in TILINGS if tokens <= limit), TILINGS[-1][1])
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What sizes a workspace."""
+
+    tokens: int  # T of the largest slice
+    local: int  # L
+    top_k: int
+    hidden: int
+    intermediate: int
+
+    @property
+    def rows(self) -> int:
+        """Most permuted rows that any routing can give."""
+        return self.tokens * min(self.top_k, self.local)
+
+    def max_tiles(self, tile_rows: int) -> int:
+        """Most tiles that any routing can give: each hit expert wastes less than one tile."""
+        return min(self.local, self.rows) + self.rows // tile_rows
+
+
+class Workspace:
+    """Every intermediate of one call, on one device. `ticket` is zero between calls."""
+
+    def __init__(self, shape: Shape, tile_rows: int, device: torch.device, ticket: torch.Tensor) -> None:
+        def ints(*size: int) -> torch.Tensor:
+            return torch.empty(size, dtype=torch.int32, device=device)
+
+        tokens, rows = shape.tokens, shape.rows
+        self.topk_ids = ints(tokens, shape.top_k)
+        self.topk_weights = torch.empty(tokens, shape.top_k, device=device)
+        self.local_slot = ints(tokens, shape.local)
+        self.token_rows = ints(tokens, shape.top_k)
+        self.expert_offsets = ints(shape.local + 1)
+        self.tile_offsets = ints(shape.local + 1)
+        self.chunk_counts = ints(triton.cdiv(tokens, CHUNK), shape.local)
+        self.permuted_idx_to_token_idx = ints(rows)
+        self.swiglu_out = torch.empty(rows, shape.intermediate, device=device)
+        self.requantized = torch.empty(rows, shape.intermediate, dtype=torch.float8_e4m3fn, device=device)
+        self.requantized_scale = torch.empty(shape.intermediate // 128, rows, device=device)
+        self.gemm2_out = torch.empty(rows, shape.hidden, device=device)
+        self.counters = ints(num_counters(shape.max_tiles(tile_rows), shape.intermediate))
+        self.ticket = ticket
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.numel() * t.element_size() for t in vars(self).values())
+
+
+_workspaces: dict[tuple[object, ...], Workspace] = {}
+_tickets: dict[torch.device, list[torch.Tensor]] = {}
+
+
+def workspace_for(shape: Shape, tile_rows: int, device: torch.device) -> Workspace:
+    """A workspace for a call on the current stream: kept by device, stream and size class, never returned to callers.
+
+    Within a graph capture it comes fresh from the graph's own pool, so that no later call writes under the graph.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        spare = _tickets.get(device, [])
+        ticket = spare.pop() if spare else torch.zeros(1, dtype=torch.int32, device=device)
+        return Workspace(shape, tile_rows, device, ticket)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    shape = replace(shape, tokens=max(16, triton.next_power_of_2(shape.tokens)))  # few size classes
+    key = (device, stream, shape, tile_rows)
+    if key not in _workspaces:
+        if device not in _tickets:
+            _tickets[device] = list(torch.zeros(4096, dtype=torch.int32, device=device).split(1))
+        _workspaces[key] = Workspace(shape, tile_rows, device, torch.zeros(1, dtype=torch.int32, device=device))
+    return _workspaces[key]
+
+
+def release_workspaces() -> None:
+    """Forget every kept workspace; graphs keep theirs."""
+    _workspaces.clear()
+
+
+def run(
+    routing_logits: torch.Tensor,
+    routing_bias: torch.Tensor,
+    hidden_states: torch.Tensor,
+    hidden_states_scale: torch.Tensor,
+    gemm1_weights: torch.Tensor,
+    gemm1_weights_scale: torch.Tensor,
+    gemm2_weights: torch.Tensor,
+    gemm2_weights_scale: torch.Tensor,
+    local_expert_offset: int,
+    routed_scaling_factor: float,
+    out: torch.Tensor | None = None,
+    *,
+    n_group: int = 8,
+    topk_group: int = 4,
+    top_k: int = 8,
+    tiling: Tiling | None = None,
+    tokens_at_once: int = TOKENS_AT_ONCE,
+) -> torch.Tensor:
+    """Output [T, H] bfloat16, written into `out` when given. The inputs are taken as checked."""
+    tokens, hidden = hidden_states.shape
+    if out is None:
+        out = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=hidden_states.device)
+    local, _, intermediate = gemm2_weights.shape[0], hidden, gemm2_weights.shape[2]
+    for start in range(0, tokens, tokens_at_once):
+        part = slice(start, min(start + tokens_at_once, tokens))
+        count = part.stop - part.start
+        cut = tiling or choose_tiling(count)
+        shape = Shape(count, local, top_k, hidden, intermediate)
+        _run_slice(
+            routing_logits[part],
+            routing_bias,
+            hidden_states[part],
+            hidden_states_scale[:, part],
+            gemm1_weights,
+            gemm1_weights_scale,
+            gemm2_weights,
+            gemm2_weights_scale,
+            local_expert_offset,
+            routed_scaling_factor,
+            out[part],
+            n_group,
+            topk_group,
+            cut,
+            workspace_for(shape, cut.tile_rows, hidden_states.device),
+        )
+    return out
+
+
+def _run_slice(
+    routing_logits: torch.Tensor,
+    routing_bias: torch.Tensor,
+    hidden_states: torch.Tensor,
+    hidden_states_scale: torch.Tensor,
+    gemm1_weights: torch.Tensor,
+    gemm1_weights_scale: torch.Tensor,
+    gemm2_weights: torch.Tensor,
+    gemm2_weights_scale: torch.Tensor,
+    local_expert_offset: int,
+    routed_scaling_factor: float,
+    out: torch.Tensor,
+    n_group: int,
+    topk_group: int,
+    cut: Tiling,
+    space: Workspace,
+) -> None:
+    tokens = len(hidden_states)
+    on_gpu = hidden_states.is_cuda  # the interpreter runs on CPU tensors
+    local_slot, token_rows = space.local_slot[:tokens], space.token_rows[:tokens]
+    topk_weights = space.topk_weights[:tokens]
+    permuted = route(
+        routing_logits,
+        routing_bias,
+        space.topk_ids[:tokens],
+        topk_weights,
+        local_slot,
+        token_rows,
+        space.expert_offsets,
+        space.tile_offsets,
+        space.permuted_idx_to_token_idx,
+        space.ticket,
+        space.counters,
+        local_expert_offset,
+        routed_scaling_factor,
+        n_group,
+        topk_group,
+        cut.tile_rows,
+        fast_exp=not on_gpu,
+        pdl=on_gpu and cut.pdl,
+    )
+    if not permuted:
+        permute(
+            local_slot,
+            token_rows,
+            space.expert_offsets,
+            space.tile_offsets,
+            space.permuted_idx_to_token_idx,
+            space.chunk_counts,
+            cut.tile_rows,
+        )
+    experts(
+        hidden_states,
+        hidden_states_scale,
+        gemm1_weights,
+        gemm1_weights_scale,
+        gemm2_weights,
+        gemm2_weights_scale,
+        space.permuted_idx_to_token_idx,
+        space.expert_offsets,
+        space.tile_offsets,
+        space.swiglu_out,
+        space.requantized,
+        space.requantized_scale,
+        space.gemm2_out,
+        space.counters,
+        (space.counters.numel() - 1) // (1 + space.requantized.shape[1] // 128),
+        programs_on(hidden_states.device) * cut.programs_per_sm,
+        cut.tile_rows,
+        cut.part1,
+        cut.part2,
+        cut.warps,
+        cut.stages1,
+        cut.stages2,
+        prefetch=on_gpu and cut.prefetch,
+        pdl=on_gpu and cut.pdl,
+    )
+    combine(space.gemm2_out, topk_weights, token_rows, out, pdl=on_gpu and cut.pdl)
+
+
+_sm_counts: dict[torch.device, int] = {}
+
+
+def programs_on(device: torch.device) -> int:
+    """Multiprocessors of a device; 2 on the CPU, where the interpreter runs programs one after the other."""
+    if device.type != "cuda":
+        return 2
+    if device not in _sm_counts:
+        _sm_counts[device] = torch.cuda.get_device_properties(device).multi_processor_count
+    return _sm_counts[device]
