@@ -146,9 +146,11 @@ def no_local_work(problem: Problem) -> Routing:
 def ties(problem: Problem) -> Routing:
     """Logits and bias from three levels each, so that many biased scores are exactly equal, at the cut too."""
     g = problem.geometry
-    level = Stream(problem.seed, LOGITS).below(3, problem.seq_len * g.num_experts).reshape(problem.seq_len, -1)
+    level = Stream(problem.seed, LOGITS).below(3, problem.seq_len * g.num_experts)
     step = Stream(problem.seed, BIAS).below(3, g.num_experts)
-    return (level - 1).astype(np.float32), step.astype(np.float32) * np.float32(0.5)
+    return (level.reshape(problem.seq_len, g.num_experts) - 1).astype(np.float32), step.astype(np.float32) * np.float32(
+        0.5
+    )
 
 
 @_kind
