@@ -7,12 +7,12 @@ import sys
 import torch
 
 from moe_fast.kernels.combine import combine, combine_torch
-from moe_fast.kernels.experts import experts, num_counters
+from moe_fast.kernels.experts import Tiling, experts, num_counters
 from moe_fast.kernels.gemm1 import gemm1, gemm1_torch
 from moe_fast.kernels.gemm2 import gemm2, gemm2_torch
 from moe_fast.kernels.permute import permute, permute_torch
 from moe_fast.kernels.routing import route, route_torch
-from moe_fast.pipelines.hopper_triton import Tiling, run
+from moe_fast.pipelines.hopper_triton import run
 
 FP8 = torch.float8_e4m3fn
 E4M3_SLACK = 64.5 / 448  # two steps of a 3-bit mantissa at 448, relative to a block's largest value
@@ -147,9 +147,8 @@ def gemms() -> None:
         counters = torch.zeros(num_counters(max_tiles, intermediate), dtype=torch.int32)
         fused = outs()
         weights = (w1, s1, w2, s2)
-        experts(
-            *first[:2], *weights, *first[4:], *fused, both, counters, max_tiles, 3, tile_rows, part1, part2, 4, 2, 2
-        )
+        tiling = Tiling(tile_rows, part1, part2, 4, 2, 2, 1, unroll1=2, unroll2=4)
+        experts(*first[:2], *weights, *first[4:], *fused, both, counters, max_tiles, 3, tiling, on_gpu=False)
         gemm2(got[1], got[2], w2, s2, offsets, tiles, composed, 3, tile_rows, part2, 4, 2)
         assert torch.equal(both[real], composed[real])  # fused equals composed, bit for bit
 

@@ -45,9 +45,10 @@ def route_constants(block: int, chunk: int, fused: bool, experts_: int = 256, lo
     }  # fmt: skip
 
 
-def experts_constants(bn: int, nb: int, mb: int, stages: int) -> dict:
+def experts_constants(bn: int, nb: int, mb: int, stages: int, unroll: int, ahead: int = 2**24) -> dict:
     """Constants of experts_kernel."""
     return {
+        "U1": unroll, "U2": unroll, "EVICT": "evict_first", "AHEAD": ahead,
         **SIZES, "BN": bn, "NB": nb, "MB": mb, "STAGES1": stages, "STAGES2": stages, "PREFETCH": True, "PDL": True,
     }  # fmt: skip
 
@@ -73,7 +74,7 @@ CASES: dict[str, tuple[Any, Mapping[str, str], dict[str, Any], int, bool]] = {
     "gemm1": (
         gemm1.gemm1_kernel,
         {**HIDDEN, **WEIGHTS1, **PLAN, **STAGE, "arrivals": I32},
-        {**SIZES, "BN": 16, "NB": 128, "STAGES": 4},
+        {**SIZES, "BN": 16, "NB": 128, "STAGES": 4, "U": 1, "EVICT": "evict_first"},
         8,
         True,
     ),
@@ -81,12 +82,12 @@ CASES: dict[str, tuple[Any, Mapping[str, str], dict[str, Any], int, bool]] = {
         gemm2.gemm2_kernel,
         {"requantized": FP8, "requantized_scale": F32, "row_capacity": "i32", **WEIGHTS2}
         | {"expert_offsets": I32, "tile_offsets": I32, "gemm2_out": F32},
-        {**SIZES, "BN": 16, "MB": 128, "STAGES": 4},
+        {**SIZES, "BN": 16, "MB": 128, "STAGES": 4, "U": 1, "EVICT": "evict_first"},
         4,
         True,
     ),
-    "experts_16": (experts.experts_kernel, EXPERTS, experts_constants(16, 32, 64, 6), 4, True),
-    "experts_64": (experts.experts_kernel, EXPERTS, experts_constants(64, 64, 128, 4), 8, True),
+    "experts_16": (experts.experts_kernel, EXPERTS, experts_constants(16, 32, 64, 3, 4), 4, True),
+    "experts_64": (experts.experts_kernel, EXPERTS, experts_constants(64, 64, 128, 2, 2), 8, True),
     "combine": (
         combine.combine_kernel,
         {"gemm2_out": F32, "topk_weights": F32, "token_rows": I32, "output": "*bf16"},

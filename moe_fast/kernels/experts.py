@@ -8,12 +8,35 @@ waiting always ends, however few programs fit on the device at once.
 # ruff: noqa: E741 - I is the axis's name throughout the project
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
 from moe_fast.kernels.gemm1 import gemm1_tile
 from moe_fast.kernels.gemm2 import gemm2_tile
+from moe_fast.kernels.l2 import prefetch
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How `experts` is cut. Only tile_rows, part1 and part2 say which program does what; no choice changes a value."""
+
+    tile_rows: int  # BN, rows of one expert in a tile: the matrix unit's N side
+    part1: int  # NB, columns of swiglu_out an item computes: 32, 64 or 128
+    part2: int  # MB, columns of gemm2_out an item computes: 64, 128 or 256
+    warps: int
+    stages1: int  # iterations of K in flight
+    stages2: int
+    programs_per_sm: int
+    unroll1: int = 1  # steps of 128 of K in one iteration
+    unroll2: int = 1
+    prefetch: bool = False  # W2 into L2 while gemm1 finishes
+    ahead: int = 0  # bytes of local expert 0's W1 brought into L2 while routing decides: a bet, for many tokens
+    evict: str = "evict_first"  # what L2 does with weights
+    pdl: bool = True  # programmatic dependent launch
 
 
 @triton.jit(do_not_specialize=["scale_stride", "row_capacity", "max_tiles"])
@@ -43,9 +66,17 @@ def experts_kernel(
     MB: tl.constexpr,
     STAGES1: tl.constexpr,
     STAGES2: tl.constexpr,
+    U1: tl.constexpr,
+    U2: tl.constexpr,
+    EVICT: tl.constexpr,
+    AHEAD: tl.constexpr,
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    if AHEAD > 0:  # while routing decides, the memory is idle: bet on local expert 0, whose items come first
+        for start in range(tl.program_id(0) * 128, AHEAD // 512, tl.num_programs(0) * 128):
+            piece = start + tl.arange(0, 128)
+            prefetch(gemm1_weights + piece * 512, piece < AHEAD // 512, 512)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -59,7 +90,7 @@ def experts_kernel(
         tile, complete = gemm1_tile(
             item, hidden_states, hidden_states_scale, scale_stride, gemm1_weights, gemm1_weights_scale,
             permuted_idx_to_token_idx, expert_offsets, tile_offsets, swiglu_out, requantized, requantized_scale,
-            row_capacity, arrivals, H, I, L, BN, NB, STAGES1,
+            row_capacity, arrivals, H, I, L, BN, NB, STAGES1, U1, EVICT,
         )  # fmt: skip
         if complete:
             tl.atomic_add(done + tile, 1, sem="release")
@@ -67,7 +98,7 @@ def experts_kernel(
     while item < items:
         gemm2_tile(
             item - gemm1_items, requantized, requantized_scale, row_capacity, gemm2_weights, gemm2_weights_scale,
-            expert_offsets, tile_offsets, gemm2_out, done, H, I, L, BN, MB, STAGES2, True, PREFETCH,
+            expert_offsets, tile_offsets, gemm2_out, done, H, I, L, BN, MB, STAGES2, U2, EVICT, True, PREFETCH,
         )  # fmt: skip
         item = tl.atomic_add(counters, 1, sem="relaxed")
 
@@ -94,17 +125,12 @@ def experts(
     counters: torch.Tensor,
     max_tiles: int,
     programs: int,
-    tile_rows: int,
-    part1: int,
-    part2: int,
-    warps: int,
-    stages1: int,
-    stages2: int,
-    prefetch: bool = False,
-    pdl: bool = False,
+    tiling: Tiling,
+    on_gpu: bool = True,
 ) -> None:
     """gemm1 and gemm2 of every local expert: the same writes as `gemm1` then `gemm2`, bit for bit."""
     local, hidden, intermediate = gemm2_weights.shape
+    pdl = on_gpu and tiling.pdl
     options = {"launch_pdl": True} if pdl else {}
     experts_kernel[(programs,)](
         hidden_states,
@@ -127,13 +153,17 @@ def experts(
         H=hidden,
         I=intermediate,
         L=local,
-        BN=tile_rows,
-        NB=part1,
-        MB=part2,
-        STAGES1=stages1,
-        STAGES2=stages2,
-        PREFETCH=prefetch,
+        BN=tiling.tile_rows,
+        NB=tiling.part1,
+        MB=tiling.part2,
+        STAGES1=tiling.stages1,
+        STAGES2=tiling.stages2,
+        U1=math.gcd(tiling.unroll1, hidden // 128),
+        U2=math.gcd(tiling.unroll2, intermediate // 128),
+        EVICT=tiling.evict,
+        AHEAD=min(tiling.ahead, 2 * intermediate * hidden) // 512 * 512 if on_gpu else 0,
+        PREFETCH=on_gpu and tiling.prefetch,
         PDL=pdl,
-        num_warps=warps,
+        num_warps=tiling.warps,
         **options,
     )

@@ -47,6 +47,19 @@ def locate(item, tile_offsets, expert_offsets, PARTS: tl.constexpr, L: tl.conste
 
 
 @triton.jit
+def load_scales(first, second, rows, stride, live, step, U: tl.constexpr):
+    """Scales of U steps of K from `step` on: two of the weights (scalars) and one a row [BN], as three tuples of U."""
+    firsts, seconds, row_scales = (), (), ()
+    for u in tl.static_range(U):
+        firsts = firsts + (tl.load(first + (step + u)),)  # noqa: RUF005 - Triton knows no unpacking
+        seconds = seconds + (tl.load(second + (step + u)),)  # noqa: RUF005
+        at = rows + stride.to(tl.int64) * (step + u)
+        loaded = tl.load(at, mask=live, other=0.0, cache_modifier=".cg")
+        row_scales = row_scales + (loaded,)  # noqa: RUF005
+    return firsts, seconds, row_scales
+
+
+@triton.jit
 def gemm1_tile(
     item,
     hidden_states,
@@ -68,6 +81,8 @@ def gemm1_tile(
     BN: tl.constexpr,
     NB: tl.constexpr,
     STAGES: tl.constexpr,
+    U: tl.constexpr,
+    EVICT: tl.constexpr,
 ):
     """One tile times one part. Returns (tile, whether a block of 128 columns of requantized is complete now)."""
     expert, part, tile, row0, row_end = locate(item, tile_offsets, expert_offsets, I // NB, L, BN)
@@ -85,20 +100,18 @@ def gemm1_tile(
     gate_scale = up_scale + (I // 128) * (H // 128)
     x_scale = hidden_states_scale + token
 
-    # The scales of step k are loaded during step k - 1, so that no step waits for them.
-    s_up = tl.load(up_scale)
-    s_gate = tl.load(gate_scale)
-    s_x = tl.load(x_scale, mask=live, other=0.0)
+    # U steps of K in one iteration: 128*U consecutive bytes of each weight row are asked for together, which DRAM likes
+    # better, and the scales are loaded an iteration ahead, so that no step waits for them.
+    s_up, s_gate, s_x = load_scales(up_scale, gate_scale, x_scale, scale_stride, live, 0, U)
     acc = tl.zeros((2 * NB, BN), tl.float32)
-    for step in tl.range(0, H // 128, num_stages=STAGES):
-        w = tl.load(w_ptr + step * 128)  # [2NB, 128]
-        x = tl.load(x_ptr + step * 128, mask=live[None, :], other=0.0)  # [128, BN]
-        following = tl.minimum(step + 1, H // 128 - 1)
-        next_up = tl.load(up_scale + following)
-        next_gate = tl.load(gate_scale + following)
-        next_x = tl.load(x_scale + following.to(tl.int64) * scale_stride, mask=live, other=0.0)
-        product = tl.dot(w, x)
-        acc += product * (tl.where(is_gate, s_gate, s_up)[:, None] * s_x[None, :])
+    for step in tl.range(0, H // 128 // U, num_stages=STAGES):
+        following = tl.minimum(step + 1, H // 128 // U - 1) * U
+        next_up, next_gate, next_x = load_scales(up_scale, gate_scale, x_scale, scale_stride, live, following, U)
+        for u in tl.static_range(U):
+            w = tl.load(w_ptr + (step * U + u) * 128, eviction_policy=EVICT)  # [2NB, 128]
+            x = tl.load(x_ptr + (step * U + u) * 128, mask=live[None, :], other=0.0)  # [128, BN]
+            product = tl.dot(w, x)
+            acc += product * (tl.where(is_gate, s_gate[u], s_up[u])[:, None] * s_x[u][None, :])
         s_up, s_gate, s_x = next_up, next_gate, next_x
 
     pairs = tl.permute(tl.reshape(acc, (NB // 8, 2, 8, BN)), (0, 2, 3, 1))
@@ -145,13 +158,15 @@ def gemm1_kernel(
     BN: tl.constexpr,
     NB: tl.constexpr,
     STAGES: tl.constexpr,
+    U: tl.constexpr,
+    EVICT: tl.constexpr,
 ):
     items = tl.load(tile_offsets + L) * (I // NB)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         gemm1_tile(
             item, hidden_states, hidden_states_scale, scale_stride, gemm1_weights, gemm1_weights_scale,
             permuted_idx_to_token_idx, expert_offsets, tile_offsets, swiglu_out, requantized, requantized_scale,
-            row_capacity, arrivals, H, I, L, BN, NB, STAGES,
+            row_capacity, arrivals, H, I, L, BN, NB, STAGES, U, EVICT,
         )  # fmt: skip
 
 
@@ -172,6 +187,7 @@ def gemm1(
     part: int = 128,
     warps: int = 8,
     stages: int = 4,
+    unroll: int = 1,
 ) -> None:
     """Fill requantized and requantized_scale for the rows below expert_offsets[-1]; `arrivals` must be zero."""
     local, double, hidden = gemm1_weights.shape
@@ -195,6 +211,8 @@ def gemm1(
         BN=tile_rows,
         NB=part,
         STAGES=stages,
+        U=unroll,
+        EVICT="evict_first",
         num_warps=warps,
     )
 
@@ -216,6 +234,7 @@ def gemm1_torch(
     part: int = 128,
     warps: int = 8,
     stages: int = 4,
+    unroll: int = 1,
 ) -> None:
     """Twin of `gemm1`; always writes swiglu_out too."""
     local, double, hidden = gemm1_weights.shape

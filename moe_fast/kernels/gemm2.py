@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_fast.kernels.gemm1 import locate
+from moe_fast.kernels.gemm1 import load_scales, locate
+from moe_fast.kernels.l2 import prefetch
 
 
 @triton.jit
@@ -31,6 +32,8 @@ def gemm2_tile(
     BN: tl.constexpr,
     MB: tl.constexpr,
     STAGES: tl.constexpr,
+    U: tl.constexpr,
+    EVICT: tl.constexpr,
     WAIT: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
@@ -43,38 +46,30 @@ def gemm2_tile(
     weights = gemm2_weights + expert.to(tl.int64) * (H * I)
     if WAIT:
         if PREFETCH:  # the weights do not depend on gemm1: into L2 with them while it finishes
-            tl.inline_asm_elementwise(
-                "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
-                "=r,l,r",
-                [(weights + m * I).to(tl.int64), I],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
+            piece = tl.arange(0, 128)  # the part is MB * I consecutive bytes
+            prefetch(weights + part * MB * I + piece * (MB * I // 128), piece >= 0, MB * I // 128)
         while tl.atomic_add(done + tile, 0, sem="acquire") < I // 128:
             pass
     w_ptr = weights + (m[:, None] * I + k[None, :])
     x_ptr = requantized + (rows.to(tl.int64) * I)[None, :] + k[:, None]
     w_scale = gemm2_weights_scale + (expert.to(tl.int64) * (H // 128) + part * MB // 128) * (I // 128)
     x_scale = requantized_scale + rows
+    w_upper = w_scale + (I // 128 if MB > 128 else 0)
     upper = tl.arange(0, MB) >= 128  # rows of the part's second scale block, if it has one
 
-    s_w = tl.load(w_scale)
-    s_upper = tl.load(w_scale + (I // 128)) if MB > 128 else s_w
-    s_x = tl.load(x_scale, mask=live, other=0.0, cache_modifier=".cg")
+    s_w, s_upper, s_x = load_scales(w_scale, w_upper, x_scale, row_capacity, live, 0, U)
     acc = tl.zeros((MB, BN), tl.float32)
-    for step in tl.range(0, I // 128, num_stages=STAGES):
-        w = tl.load(w_ptr + step * 128)  # [MB, 128]
-        x = tl.load(x_ptr + step * 128, mask=live[None, :], other=0.0)  # [128, BN]
-        following = tl.minimum(step + 1, I // 128 - 1)
-        next_w = tl.load(w_scale + following)
-        next_upper = tl.load(w_scale + (I // 128) + following) if MB > 128 else next_w
-        next_x = tl.load(x_scale + following.to(tl.int64) * row_capacity, mask=live, other=0.0, cache_modifier=".cg")
-        product = tl.dot(w, x)
-        if MB > 128:
-            acc += product * (tl.where(upper, s_upper, s_w)[:, None] * s_x[None, :])
-        else:
-            acc += product * (s_w * s_x)[None, :]
+    for step in tl.range(0, I // 128 // U, num_stages=STAGES):
+        following = tl.minimum(step + 1, I // 128 // U - 1) * U
+        next_w, next_upper, next_x = load_scales(w_scale, w_upper, x_scale, row_capacity, live, following, U)
+        for u in tl.static_range(U):
+            w = tl.load(w_ptr + (step * U + u) * 128, eviction_policy=EVICT)  # [MB, 128]
+            x = tl.load(x_ptr + (step * U + u) * 128, mask=live[None, :], other=0.0)  # [128, BN]
+            product = tl.dot(w, x)
+            if MB > 128:
+                acc += product * (tl.where(upper, s_upper[u], s_w[u])[:, None] * s_x[u][None, :])
+            else:
+                acc += product * (s_w[u] * s_x[u])[None, :]
         s_w, s_upper, s_x = next_w, next_upper, next_x
     tl.store(gemm2_out + (rows.to(tl.int64) * H)[None, :] + m[:, None], acc, mask=live[None, :])
 
@@ -95,12 +90,14 @@ def gemm2_kernel(
     BN: tl.constexpr,
     MB: tl.constexpr,
     STAGES: tl.constexpr,
+    U: tl.constexpr,
+    EVICT: tl.constexpr,
 ):
     items = tl.load(tile_offsets + L) * (H // MB)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         gemm2_tile(
             item, requantized, requantized_scale, row_capacity, gemm2_weights, gemm2_weights_scale,
-            expert_offsets, tile_offsets, gemm2_out, tile_offsets, H, I, L, BN, MB, STAGES, False, False,
+            expert_offsets, tile_offsets, gemm2_out, tile_offsets, H, I, L, BN, MB, STAGES, U, EVICT, False, False,
         )  # fmt: skip
 
 
@@ -117,6 +114,7 @@ def gemm2(
     part: int = 128,
     warps: int = 8,
     stages: int = 4,
+    unroll: int = 1,
 ) -> None:
     """Fill gemm2_out's rows below expert_offsets[-1]."""
     local, hidden, intermediate = gemm2_weights.shape
@@ -135,6 +133,8 @@ def gemm2(
         BN=tile_rows,
         MB=part,
         STAGES=stages,
+        U=unroll,
+        EVICT="evict_first",
         num_warps=warps,
     )
 
@@ -152,6 +152,7 @@ def gemm2_torch(
     part: int = 128,
     warps: int = 8,
     stages: int = 4,
+    unroll: int = 1,
 ) -> None:
     """Twin of `gemm2`."""
     local, hidden, intermediate = gemm2_weights.shape

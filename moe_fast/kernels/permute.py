@@ -16,52 +16,56 @@ CHUNK = 128
 
 
 @triton.jit
-def permute_chunk(
-    local_slot,  # [T, L] int32
-    token_rows,  # [T, K] int32, -1 where a choice is not local
-    expert_offsets,  # [L+1] int32
-    tile_offsets,  # [L+1] int32, [0] + cumsum of ceil(rows / TILE_ROWS)
-    permuted_idx_to_token_idx,  # [P] int32
-    chunk,
-    num_tokens,
-    before,  # [LP] rows of each expert in earlier chunks
-    total,  # [LP] rows of each expert; unused when ALONE
-    L: tl.constexpr,
-    LP: tl.constexpr,
-    K: tl.constexpr,
-    CHUNK_T: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    ALONE: tl.constexpr,
-):
-    """Place one chunk's pairs. ALONE: this chunk is all there is, so its own counts are the totals."""
-    token = chunk * CHUNK_T + tl.arange(0, CHUNK_T)
+def load_slots(local_slot, token, num_tokens, L: tl.constexpr, LP: tl.constexpr):
+    """local_slot [T, L] at tokens [CT] -> [CT, LP], -1 outside. Past the L1 cache: other programs wrote it."""
     local = tl.arange(0, LP)
     inside = (token < num_tokens)[:, None] & (local < L)[None, :]
     at = token.to(tl.int64)[:, None] * L + local[None, :]
-    slot = tl.load(local_slot + at, mask=inside, other=-1, cache_modifier=".cg")  # written by other programs
-    chosen = (slot >= 0).to(tl.int32)  # [CT, LP]
-    if ALONE:
-        total = tl.sum(chosen, axis=0)
+    return tl.load(local_slot + at, mask=inside, other=-1, cache_modifier=".cg")
+
+
+@triton.jit
+def permute_chunk(
+    slot,  # [CT, LP] int32, -1 where the token did not choose the expert
+    token,  # [CT]
+    before,  # [LP] rows of each expert in earlier chunks
+    total,  # [LP] rows of each expert in all chunks
+    token_rows,  # [T, K] int32, -1 where a choice is not local
+    permuted_idx_to_token_idx,  # [P] int32
+    K: tl.constexpr,
+):
+    """Place one chunk's pairs."""
+    chosen = (slot >= 0).to(tl.int32)
     starts = tl.cumsum(total, axis=0) - total  # [LP]
     rows = (starts + before)[None, :] + tl.cumsum(chosen, axis=0) - chosen
     tl.store(permuted_idx_to_token_idx + rows, tl.broadcast_to(token[:, None], rows.shape), mask=slot >= 0)
     tl.store(token_rows + token.to(tl.int64)[:, None] * K + slot, rows, mask=slot >= 0)
-    if chunk == 0:
-        tiles = (total + TILE_ROWS - 1) // TILE_ROWS
-        tl.store(expert_offsets + 1 + local, starts + total, mask=local < L)
-        tl.store(tile_offsets + 1 + local, tl.cumsum(tiles, axis=0), mask=local < L)
-        tl.store(expert_offsets, 0)
-        tl.store(tile_offsets, 0)
+
+
+@triton.jit
+def store_offsets(
+    total,  # [LP]
+    expert_offsets,  # [L+1] int32
+    tile_offsets,  # [L+1] int32, [0] + cumsum of ceil(rows / TILE_ROWS)
+    L: tl.constexpr,
+    LP: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+):
+    """Both offset arrays from the rows of each expert."""
+    local = tl.arange(0, LP)
+    tiles = (total + TILE_ROWS - 1) // TILE_ROWS
+    tl.store(expert_offsets + 1 + local, tl.cumsum(total, axis=0), mask=local < L)
+    tl.store(tile_offsets + 1 + local, tl.cumsum(tiles, axis=0), mask=local < L)
+    tl.store(expert_offsets, 0)
+    tl.store(tile_offsets, 0)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def count_kernel(local_slot, chunk_counts, num_tokens, L: tl.constexpr, LP: tl.constexpr, CHUNK_T: tl.constexpr):
     """chunk_counts [chunks, L]: rows of each expert in each chunk."""
     chunk = tl.program_id(0)
-    token = chunk * CHUNK_T + tl.arange(0, CHUNK_T)
+    slot = load_slots(local_slot, chunk * CHUNK_T + tl.arange(0, CHUNK_T), num_tokens, L, LP)
     local = tl.arange(0, LP)
-    inside = (token < num_tokens)[:, None] & (local < L)[None, :]
-    slot = tl.load(local_slot + token.to(tl.int64)[:, None] * L + local[None, :], mask=inside, other=-1)
     tl.store(chunk_counts + chunk * L + local, tl.sum((slot >= 0).to(tl.int32), axis=0), mask=local < L)
 
 
@@ -89,10 +93,11 @@ def permute_kernel(
         counts = tl.load(chunk_counts + other * L + local, mask=local < L, other=0)
         total += counts
         before += tl.where(other < chunk, counts, 0)
-    permute_chunk(
-        local_slot, token_rows, expert_offsets, tile_offsets, permuted_idx_to_token_idx,
-        chunk, num_tokens, before, total, L, LP, K, CHUNK_T, TILE_ROWS, False,
-    )  # fmt: skip
+    token = chunk * CHUNK_T + tl.arange(0, CHUNK_T)
+    slot = load_slots(local_slot, token, num_tokens, L, LP)
+    permute_chunk(slot, token, before, total, token_rows, permuted_idx_to_token_idx, K)
+    if chunk == 0:
+        store_offsets(total, expert_offsets, tile_offsets, L, LP, TILE_ROWS)
 
 
 def permute(

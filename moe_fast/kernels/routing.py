@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from moe_fast.kernels.permute import CHUNK, permute_chunk
+from moe_fast.kernels.permute import CHUNK, load_slots, permute_chunk, store_offsets
 
 LOWEST_KEY = tl.constexpr(-(2**63))
 LOWEST_FINITE = tl.constexpr(-3.4028234663852886e38)
@@ -100,7 +100,7 @@ def route_kernel(
             group_score += tl.sum(tl.where((rest == second[:, :, None]) & real[None, :, :], biased, 0.0), axis=2)
         group_key = tl.where(group[None, :] < N_GROUP, _key(group_score, 0x7FFFFFFF - group[None, :]), LOWEST_KEY)
         kept = group_key < LOWEST_KEY  # [BT, GP], all false
-        for _ in tl.static_range(TOPK_GROUP):
+        for _ in range(TOPK_GROUP):
             best = tl.max(group_key, axis=1)
             chosen = group_key == best[:, None]
             kept = kept | chosen
@@ -112,7 +112,7 @@ def route_kernel(
     flat = tl.reshape(key, (BLOCK_T, GP * SP))
     choice = tl.arange(0, KP)
     ids = tl.zeros((BLOCK_T, KP), tl.int32)
-    for k in tl.static_range(K):
+    for k in range(K):  # not unrolled: cold instructions come from memory too
         best = tl.max(flat, axis=1)  # [BT]
         flat = tl.where(flat == best[:, None], LOWEST_KEY, flat)
         best_id = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
@@ -129,21 +129,28 @@ def route_kernel(
     tl.store(token_rows + at, tl.full((BLOCK_T, KP), -1, tl.int32), mask=pair)
 
     local = tl.arange(0, LP)
-    hit = (ids[:, :, None] - local_expert_offset == local[None, None, :]) & (choice < K)[None, :, None]
+    hit = (ids[:, :, None] - local_expert_offset == local[None, None, :]) & (
+        (choice < K)[:, None] & (local < L)[None, :]
+    )[None, :, :]
     slots = tl.max(tl.where(hit, choice[None, :, None], -1), axis=1)  # [BT, LP]
     inside = (token < num_tokens)[:, None] & (local < L)[None, :]
     tl.store(local_slot + token.to(tl.int64)[:, None] * L + local[None, :], slots, mask=inside)
 
     if PERMUTE:
-        tl.debug_barrier()  # every thread's stores come before the ticket
-        arrived = tl.atomic_add(ticket, 1, sem="acq_rel")
-        if arrived == tl.num_programs(0) - 1:
-            tl.store(ticket, 0)
-            none = tl.zeros((LP,), tl.int32)
-            permute_chunk(
-                local_slot, token_rows, expert_offsets, tile_offsets, permuted_idx_to_token_idx,
-                0, num_tokens, none, none, L, LP, K, CHUNK_T, TILE_ROWS, True,
-            )  # fmt: skip
+        tl.debug_barrier()  # every thread's stores come before the ticket, and -1 in token_rows before a row
+        if CHUNK_T <= BLOCK_T:  # one program has all tokens
+            total = tl.sum((slots >= 0).to(tl.int32), axis=0)
+            permute_chunk(slots, token, tl.zeros_like(total), total, token_rows, permuted_idx_to_token_idx, K)
+            store_offsets(total, expert_offsets, tile_offsets, L, LP, TILE_ROWS)
+        else:
+            arrived = tl.atomic_add(ticket, 1, sem="acq_rel")
+            if arrived == tl.num_programs(0) - 1:
+                tl.store(ticket, 0)
+                every = tl.arange(0, CHUNK_T)
+                chosen = load_slots(local_slot, every, num_tokens, L, LP)
+                rows = tl.sum((chosen >= 0).to(tl.int32), axis=0)
+                permute_chunk(chosen, every, tl.zeros_like(rows), rows, token_rows, permuted_idx_to_token_idx, K)
+                store_offsets(rows, expert_offsets, tile_offsets, L, LP, TILE_ROWS)
 
 
 def route(

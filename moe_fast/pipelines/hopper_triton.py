@@ -15,7 +15,7 @@ import torch
 import triton
 
 from moe_fast.kernels.combine import combine
-from moe_fast.kernels.experts import experts, num_counters
+from moe_fast.kernels.experts import Tiling, experts, num_counters
 from moe_fast.kernels.permute import CHUNK, permute
 from moe_fast.kernels.routing import route
 
@@ -24,25 +24,11 @@ TOKENS_AT_ONCE = 1024
 """More tokens than this are done in slices: the workspace must hold top_k rows a token, whatever the routing is."""
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """How `experts` is cut. Measured on an H100; docs/h100.md has the figures."""
-
-    tile_rows: int  # BN, rows of one expert in a tile: the matrix unit's N side
-    part1: int  # columns of swiglu_out an item computes: 32, 64 or 128
-    part2: int  # columns of gemm2_out an item computes: 64, 128 or 256
-    warps: int
-    stages1: int
-    stages2: int
-    programs_per_sm: int
-    prefetch: bool = False  # W2 into L2 while gemm1 finishes
-    pdl: bool = True  # programmatic dependent launch
-
-
 TILINGS: tuple[tuple[int, Tiling], ...] = (
-    (128, Tiling(16, 64, 128, 4, 5, 5, 2)),
-    (512, Tiling(32, 64, 128, 4, 5, 5, 2)),
-    (1024, Tiling(64, 64, 128, 4, 4, 4, 2)),
+    (4, Tiling(16, 64, 64, 4, 3, 3, 2, unroll1=2, unroll2=4)),
+    (192, Tiling(16, 32, 64, 4, 3, 3, 3, unroll1=2, unroll2=2)),
+    (512, Tiling(32, 64, 128, 4, 5, 5, 2, evict="")),
+    (1024, Tiling(64, 64, 128, 4, 4, 4, 2, evict="")),
 )
 """(up to so many tokens, tiling), for about one local row a token, as expert parallel 8 has."""
 
@@ -246,14 +232,8 @@ def _run_slice(
         space.counters,
         (space.counters.numel() - 1) // (1 + space.requantized.shape[1] // 128),
         programs_on(hidden_states.device) * cut.programs_per_sm,
-        cut.tile_rows,
-        cut.part1,
-        cut.part2,
-        cut.warps,
-        cut.stages1,
-        cut.stages2,
-        prefetch=on_gpu and cut.prefetch,
-        pdl=on_gpu and cut.pdl,
+        cut,
+        on_gpu,
     )
     combine(space.gemm2_out, topk_weights, token_rows, out, pdl=on_gpu and cut.pdl)
 

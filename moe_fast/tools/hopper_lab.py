@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from moe_fast.pipelines.hopper_triton import Tiling, choose_tiling, run
+from moe_fast.kernels.experts import Tiling
+from moe_fast.pipelines.hopper_triton import choose_tiling, run
 from moeref.inputs import Inputs
 from moeref.reference import Trace, moe
 from moeref.routings import draw_routing
@@ -27,27 +28,35 @@ READ_GBPS = 3084.0
 EXPERT_BYTES = 3 * GEOMETRY.hidden_size * GEOMETRY.intermediate_size
 REQUANT = Recipe(requantize=1)
 
+AHEAD = 16 * 2**20
 SMALL = {
-    "n32s6x2": Tiling(16, 32, 64, 4, 6, 6, 2),
-    "n32s6x3": Tiling(16, 32, 64, 4, 6, 6, 3),
-    "n32s9x2": Tiling(16, 32, 64, 4, 9, 9, 2),
     "n32s5x4": Tiling(16, 32, 64, 4, 5, 5, 4),
-    "n64s4x2": Tiling(16, 64, 128, 4, 4, 4, 2),
-    "n64s6x2": Tiling(16, 64, 128, 4, 6, 6, 2),
-    "n64s4x3": Tiling(16, 64, 128, 4, 4, 4, 3),
-    "n64m64s5x2": Tiling(16, 64, 64, 4, 5, 8, 2),
-    "n64w8s5x2": Tiling(16, 64, 128, 8, 5, 5, 2),
-    "n128w8s5x1": Tiling(16, 128, 256, 8, 5, 5, 1),
-    "n128w8s3x2": Tiling(16, 128, 256, 8, 3, 3, 2),
-    "n128m64w8s3x2": Tiling(16, 128, 128, 8, 3, 5, 2),
+    "n32s5x4normal": Tiling(16, 32, 64, 4, 5, 5, 4, evict=""),
+    "n32u2s5x2": Tiling(16, 32, 64, 4, 5, 5, 2, 2, 2),
+    "n32u2s3x3": Tiling(16, 32, 64, 4, 3, 3, 3, 2, 2),
+    "n32u4s5x1": Tiling(16, 32, 64, 4, 5, 5, 1, 4, 4),
+    "n32u4s2x2": Tiling(16, 32, 64, 4, 2, 2, 2, 4, 4),
+    "n32u4s2x2pre": Tiling(16, 32, 64, 4, 2, 2, 2, 4, 4, prefetch=True),
+    "n32u2s5x2pre": Tiling(16, 32, 64, 4, 5, 5, 2, 2, 2, prefetch=True),
+    "n32u2s5x2m128pre": Tiling(16, 32, 128, 4, 5, 3, 2, 2, 2, prefetch=True),
+    "n64u2s3x2": Tiling(16, 64, 128, 4, 3, 3, 2, 2, 2),
+    "n64u2s3x2m64": Tiling(16, 64, 64, 4, 3, 3, 2, 2, 4),
+    "n64u2s3x2ahead": Tiling(16, 64, 128, 4, 3, 3, 2, 2, 2, ahead=AHEAD),
+    "n64u4s3x1": Tiling(16, 64, 128, 4, 3, 3, 1, 4, 4),
+    "n64u2s6x1": Tiling(16, 64, 128, 4, 6, 6, 1, 2, 2),
+    "n32u2s5x2ahead": Tiling(16, 32, 64, 4, 5, 5, 2, 2, 2, ahead=AHEAD),
+    "n128w8u2s3x1": Tiling(16, 128, 256, 8, 3, 3, 1, 2, 2),
 }
 MIDDLE = {
-    "b64n64s4x2": Tiling(64, 64, 128, 4, 4, 4, 2),
-    "b32n64s5x2": Tiling(32, 64, 128, 4, 5, 5, 2),
-    "b64n64w8s4x2": Tiling(64, 64, 128, 8, 4, 4, 2),
-    "b64n128w8s4x1": Tiling(64, 128, 256, 8, 5, 5, 1),
-    "b32n128w8s3x2": Tiling(32, 128, 128, 8, 3, 5, 2),
-    "b64n32s4x3": Tiling(64, 32, 64, 4, 4, 4, 3),
+    "b64n64u2s2x2": Tiling(64, 64, 128, 4, 2, 2, 2, 2, 2),
+    "b64n64u2s4x1": Tiling(64, 64, 128, 4, 4, 4, 1, 2, 2),
+    "b64n64s4x2ahead": Tiling(64, 64, 128, 4, 4, 4, 2, ahead=AHEAD),
+    "b64n64u2w8s2x2": Tiling(64, 64, 128, 8, 2, 2, 2, 2, 2),
+    "b32n64u2s2x2": Tiling(32, 64, 128, 4, 2, 2, 2, 2, 2),
+    "b32n64s3x3": Tiling(32, 64, 128, 4, 3, 3, 3),
+    "b32n128u2w8s3x1": Tiling(32, 128, 128, 8, 2, 3, 1, 2, 2),
+    "b64n128u2w8s2x1": Tiling(64, 128, 128, 8, 2, 2, 1, 2, 2),
+    "b64n64m64s4x2": Tiling(64, 64, 64, 4, 4, 6, 2),
 }
 
 
@@ -92,7 +101,7 @@ def errors(got: torch.Tensor, trace: Trace) -> str:
     rows = rows[~idle]
     zero = bool((got[idle] == 0).all())
     total = ((got - want).norm() / want.norm()).item()
-    bad = "" if zero and total < 4e-3 else "  <-- WRONG"
+    bad = "" if zero and total < 1.2e-2 else "  <-- WRONG"
     return f"rel {total:.2e} worst row {rows.max().item() if len(rows) else 0:.2e} idle rows zero {zero}{bad}"
 
 
@@ -149,6 +158,7 @@ def study(tokens: int, made: dict[str, torch.Tensor], options: argparse.Namespac
     print(f"T={tokens}: {rows} rows on {hit} experts, floor {floor:.0f} us", flush=True)
     variants = {"default": choose_tiling(tokens), **(SMALL if tokens <= 128 else MIDDLE)}
     lines = []
+    first: torch.Tensor | None = None
     for name, tiling in variants.items():
         if options.variants and name not in options.variants:
             continue
@@ -169,6 +179,8 @@ def study(tokens: int, made: dict[str, torch.Tensor], options: argparse.Namespac
             except Exception as error:
                 print(f"  {label}: {type(error).__name__}: {str(error)[:300]}", flush=True)
                 continue
+            first = out.clone() if first is None else first
+            verdict += "" if torch.equal(out, first) else " other bytes than the first variant"
             wrong = "" if "WRONG" not in verdict + again else " WRONG"
             lines.append(
                 f"{tokens:6d} {rows:5d} {hit:3d} {floor:6.0f} {label:16s} {mid:8.1f} {low:8.1f} {high:8.1f} "
