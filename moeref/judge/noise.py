@@ -25,10 +25,7 @@ ACCUMULATOR = 2.0**-13
 FP8 tensor cores keep 13 fraction bits inside a 128-block; float32 lies far below."""
 
 SIGMAS = 6.0
-"""Width of the gates in standard deviations of the judged statistic."""
-
-UNIFORM_KURTOSIS = 0.8
-"""Variance of u**2 for u uniform with variance 1: 9/5 - 1."""
+"""Width of the gates in standard deviations of the judged statistic: exp(-SIGMAS**2 / 2) = 1.5e-8 by Bernstein."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +35,8 @@ class Noise:
     variance: torch.Tensor  # [T, H] float32, of output minus unrounded reference
     shared: torch.Tensor  # [T] share of the variance that columns have in common (it comes through gemm2)
     freedom: torch.Tensor  # [T] effective number of independent errors behind that share
+    largest: torch.Tensor  # [T] share that the largest single one of them has
+    sources: int  # uniform errors that add up in one of them: 1 for a cast, 3 for a cast of a product of two casts
 
 
 @dataclass(frozen=True)
@@ -132,8 +131,13 @@ def output_noise(trace: Trace, inputs: Inputs, recipe: Recipe) -> Noise:
         variance[where] += ACCUMULATOR**2 * square * _block_mean_square(result)
     for chunk, unrounded in zip(chunks(variance), chunks(trace.unrounded), strict=True):
         chunk += spacing_bf16(unrounded).square() / 12 * (unrounded != 0)
-    share, freedom = _freedom(trace, recipe, variance, shared, columns_square, weights)
-    return Noise(variance, share, freedom)
+    return Noise(variance, *_freedom(trace, recipe, variance, shared, columns_square, weights), _sources(recipe))
+
+
+def _sources(recipe: Recipe) -> int:
+    """Uniform errors that add up in one value of SwiGLU's output: its own cast, those of up and of gate."""
+    rounded_gemm1 = recipe.gemm1_out == "bf16" or recipe.requantize == 2
+    return max(1, 2 * rounded_gemm1 + (recipe.requantize > 0))
 
 
 def _freedom(
@@ -143,30 +147,31 @@ def _freedom(
     shared: torch.Tensor,
     columns_square: dict[int, torch.Tensor],
     weights: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Share of z**2 that comes through gemm2, and the number of independent errors behind it, both [T].
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Share of z**2 that columns have in common, independent errors behind it, and the largest one's share; all [T].
 
-    The mean of z**2 over a row is sum_k c_k u_k**2 plus cross terms, u_k the k-th source error in units of its
-    deviation; c_k is what source k adds. The effective number is (sum c)**2 / sum c**2.
+    The mean of z**2 over a row is sum_k c_k u_k**2 plus cross terms, u_k the k-th error in units of its deviation; c_k
+    is what error k adds to the row. The effective number is (sum c)**2 / sum c**2.
     """
     tokens = trace.permutation.permuted_idx_to_token_idx
     seq_len, blocks = shared.shape
     total = variance.reshape(seq_len, blocks, BLOCK).sum(-1)  # [T, H/128]
     inverse = torch.where(total > 0, 1 / total, torch.zeros_like(total)) / blocks
     first = torch.zeros(seq_len, device=variance.device)
-    second = torch.zeros_like(first)
+    second, largest = torch.zeros_like(first), torch.zeros_like(first)
     for expert, span in expert_spans(trace.permutation.expert_offsets):
         where, square = tokens[span], weights[span, None].square()
         part = square * swiglu_variance(trace.gemm1_out[span], recipe) * (inverse[where] @ columns_square[expert])
-        first[where] += part.sum(1)
-        second[where] += part.square().sum(1)
-        if recipe.topk_weights == "bf16":
-            by_block = trace.gemm2_out[span].square().reshape(len(part), blocks, BLOCK).sum(-1)
-            rounding = spacing_bf16(weights[span]).square() / 12 * (by_block * inverse[where]).sum(1)
-            first[where] += rounding
-            second[where] += rounding.square()
+        parts = [part]
+        if recipe.topk_weights == "bf16":  # one error moves the whole row of the expert
+            size = spacing_bf16(weights[span, None]).square() / 12 * trace.gemm2_out[span].square()
+            parts.append((size / variance[where]).nan_to_num(nan=0.0).mean(1, keepdim=True))
+        for part in parts:
+            first[where] += part.sum(1)
+            second[where] += part.square().sum(1)
+            largest[where] = torch.maximum(largest[where], part.amax(1))
     freedom = torch.where(second > 0, first.square() / second, torch.ones_like(first))
-    return first.clamp(max=1.0), freedom.clamp(min=1.0)
+    return first.clamp(max=1.0), freedom.clamp(min=1.0), largest
 
 
 def fit(output: torch.Tensor, trace: Trace, noise: Noise, active: torch.Tensor) -> Fit:
@@ -186,14 +191,17 @@ def fit(output: torch.Tensor, trace: Trace, noise: Noise, active: torch.Tensor) 
         reference_on_itself.append(scaled.square().sum(1))
     square = torch.cat(mean_square)  # [n]
     share, freedom = noise.shared[active].double(), noise.freedom[active].double()
-    spread = (
-        share.square() * (UNIFORM_KURTOSIS / freedom + 2 / hidden) + (1 - share).square() * UNIFORM_KURTOSIS / hidden
-    )
-    # u**2 <= 3 for a uniform error: where few errors stand behind a row, that bound is the tighter one
-    limit = torch.minimum(1 + SIGMAS * spread.sqrt(), 3 + SIGMAS * (2 / hidden) ** 0.5 * torch.ones_like(spread))
-    limit = limit * (1 + MODEL_SLACK)
+    spread = share.square() * (_square_variance(noise.sources) / freedom + 2 / hidden)
+    spread = spread + (1 - share).square() * _square_variance(1) / hidden
+    # Bernstein's second term: u**2 - 1 is at most 3 * sources - 1
+    heavy = (3 * noise.sources - 1) * SIGMAS**2 / 6 * noise.largest[active].double()
+    # and no row can lie above the bound of all its errors at once, but for the cross terms
+    bound = 3 * noise.sources + SIGMAS * (2 / hidden) ** 0.5
+    limit = (1 + SIGMAS * spread.sqrt() + heavy).clamp(max=bound) * (1 + MODEL_SLACK)
     excess = (square / limit).sqrt()
-    overall_limit = min(1 + SIGMAS * float(spread.sum().sqrt()) / len(square), float(limit.max())) * (1 + MODEL_SLACK)
+    mean_spread = float(spread.sum().sqrt()) / len(square)
+    overall_limit = 1 + SIGMAS * mean_spread + float(heavy.max()) / len(square)
+    overall_limit = min(overall_limit, bound) * (1 + MODEL_SLACK)
     worst = int(excess.nan_to_num(nan=math.inf).argmax())
     norm = torch.cat(reference_on_itself)
     gain = float(torch.cat(error_on_reference).sum() / norm.sum()) if float(norm.sum()) > 0 else 0.0
@@ -208,6 +216,11 @@ def fit(output: torch.Tensor, trace: Trace, noise: Noise, active: torch.Tensor) 
         row_z=square.sqrt(),
         row_excess=excess,
     )
+
+
+def _square_variance(sources: int) -> float:
+    """Variance of u**2 for u the sum of that many equal uniform errors, scaled to variance 1: 9/5 - 1 for one."""
+    return 2 - 1.2 / sources
 
 
 MODEL_SLACK = 0.1
