@@ -1,0 +1,56 @@
+"""What the machine has. The only place that asks."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Target:
+    """One device and the compilers beside it."""
+
+    kind: str  # 'cpu' or 'cuda'
+    name: str  # the card's name; 'cpu'
+    capability: tuple[int, int] | None  # CUDA compute capability, e.g. (9, 0)
+    sm_count: int  # multiprocessors; CPU: torch's threads
+    memory: int  # bytes of device memory; CPU: 0
+    triton: str | None  # installed version of triton
+
+    @property
+    def is_hopper(self) -> bool:
+        """Compute capability 9.x."""
+        return self.capability is not None and self.capability[0] == 9
+
+    @property
+    def is_blackwell(self) -> bool:
+        """Data-centre Blackwell, compute capability 10.x."""
+        return self.capability is not None and self.capability[0] == 10
+
+
+def target_of(device: torch.device | str | None = None) -> Target:
+    """The target of a device; None: the current CUDA device where there is one, else the CPU.
+
+    Raises ValueError for a device that is neither a CPU nor a CUDA device of this machine.
+    """
+    chosen = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.type == "cpu":
+        return _target("cpu", 0)
+    if chosen.type != "cuda" or not torch.cuda.is_available():
+        raise ValueError(f"device {chosen}: expected cpu, or a CUDA device of this machine")
+    return _target("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
+
+
+@functools.cache
+def _target(kind: str, index: int) -> Target:
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = None
+    if kind == "cpu":
+        return Target("cpu", "cpu", None, torch.get_num_threads(), 0, triton)
+    card = torch.cuda.get_device_properties(index)
+    return Target("cuda", card.name, (card.major, card.minor), card.multi_processor_count, card.total_memory, triton)
