@@ -1,0 +1,327 @@
+"""Running a candidate on problem after problem, whatever it does: in a process of its own, or in this one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moeref.inputs import Inputs
+from moeref.interop.candidates import Candidate, CandidateBroken, CandidateError, load, locate
+from moeref.interop.observe import CandidateRun, observe
+from moeref.interop.shared_inputs import Description, Place, SharedFile, SharedInputs, open_shared
+
+__all__ = ["CandidateRun", "Runner"]
+
+TAIL_LINES = 20
+"""Lines of what a candidate printed last that a failure carries."""
+
+TAIL_BYTES = 1 << 16
+
+START = """
+import json, sys
+sys.path[:] = json.loads(sys.argv.pop(1))
+command_fd, reply_fd = (int(fd) for fd in sys.argv[1:])
+del sys.argv[1:]
+from moeref.interop.worker import main
+main(command_fd, reply_fd)
+"""  # the child finds modules where this process does
+
+
+class Runner:
+    """Calls one candidate on many problems; a context manager.
+
+    candidate      a text that moeref.interop.candidates.load understands.
+    device         'cpu', 'cuda' or 'cuda:N'.
+    timeout        seconds for one call. The process of a candidate that takes longer is killed, and another started.
+    isolate        False: in this process, for debuggers. No time limit, and nothing survives a crash.
+    load_timeout   seconds for importing the candidate, for moving the inputs, and, added to `timeout`, for the first
+                   call in a process, which may compile.
+    Raises CandidateError, at entering or at the first run, when the text names nothing that could be called.
+    """
+
+    def __init__(
+        self, candidate: str, device: str = "cpu", timeout: float = 300, isolate: bool = True, load_timeout: float = 300
+    ) -> None:
+        self.candidate = candidate
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.timeout = timeout
+        self.isolate = isolate
+        self.load_timeout = load_timeout
+        self._folder: str | None = None  # for what the candidate's loading writes
+        self._worker: _Worker | None = None
+        self._called = False  # the worker has made a call
+        self._declared: dict[str, Any] = {}
+        self._unloadable: CandidateRun | None = None  # importing failed: it would again
+        self._loaded: Candidate | None = None  # in-process
+
+    def __enter__(self) -> Runner:
+        locate(self.candidate)
+        if self.isolate:
+            self._start()  # it imports torch while the caller makes inputs
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker with every process that it started. May be called again; a later run starts anew."""
+        self._stop()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def run(self, inputs: Description | Inputs, *, trials: int = 1) -> CandidateRun:
+        """Call the candidate twice a trial on one problem's inputs.
+
+        A Description (SharedInputs.describe) is mapped without a copy; Inputs are copied. Nothing that the candidate
+        does is raised: it stands in the result.
+        """
+        if isinstance(inputs, Inputs):
+            with SharedInputs() as shared:
+                return self.run(shared.describe(inputs), trials=trials)
+        if self._unloadable is not None:
+            return self._unloadable
+        return self._isolated(inputs, trials) if self.isolate else self._in_process(inputs, trials)
+
+    # ---- in this process
+
+    def _in_process(self, inputs: Description, trials: int) -> CandidateRun:
+        if self._loaded is None:
+            try:
+                self._loaded = load(self.candidate, Path(self._scratch()))
+            except CandidateBroken as error:
+                self._unloadable = CandidateRun("error", str(error), error.traceback)
+                return self._unloadable
+        return observe(self._loaded, open_shared(inputs), self.device, trials, lambda tensor: tensor.cpu().clone())
+
+    # ---- in a worker
+
+    def _isolated(self, inputs: Description, trials: int) -> CandidateRun:
+        outputs = SharedFile()
+        doing = "starting its process"
+        try:
+            if self._worker is None or not self._worker.alive():
+                self._stop()
+                self._start()
+            assert self._worker is not None
+            worker = self._worker
+            if not self._declared:
+                reply = worker.receive(self.load_timeout)
+                assert reply["event"] == "ready", reply
+                doing = "importing the candidate"
+                self._load(worker)
+            worker.printed = b""
+            worker.send({"do": "run", "inputs": inputs.to_json(), "trials": trials, "outputs": outputs.path})
+            doing = "preparing"
+            while True:
+                limit = self.load_timeout
+                if doing.startswith("call "):
+                    limit = self.timeout + (0 if self._called else self.load_timeout)
+                reply = worker.receive(limit)
+                if reply["event"] == "done":
+                    break
+                self._called = self._called or doing.startswith("call ")
+                doing = reply["stage"]
+            run = CandidateRun(**reply["run"])
+            run.outputs = [Place.from_json(place).open(mmap.ACCESS_COPY) for place in reply["outputs"]]
+            if run.status == "error":
+                run.printed = worker.last_lines()
+                run.traceback = _with_print(run.traceback, run.printed)
+            if not reply["usable"]:
+                self._stop()
+            return run
+        except (_Died, _TimedOut) as error:
+            printed = self._worker.last_lines() if self._worker is not None else ""
+            self._stop()
+            message = f"{doing}: {error}"
+            if isinstance(error, _TimedOut):
+                message += "; its process was killed. --timeout sets the limit"
+            run = CandidateRun("error", message, _with_print("", printed), printed=printed, **self._declared)
+            self._declared = {}
+            if doing == "importing the candidate":
+                self._unloadable = run
+            return run
+        except _Broken as error:
+            printed = self._worker.last_lines() if self._worker is not None else ""
+            details = _with_print(error.traceback, printed)
+            self._unloadable = CandidateRun("error", str(error), details, printed=printed)
+            return self._unloadable
+        finally:
+            outputs.close()
+
+    def _load(self, worker: _Worker) -> None:
+        folder = tempfile.mkdtemp(dir=self._scratch())
+        worker.send({"do": "load", "candidate": self.candidate, "folder": folder, "device": str(self.device)})
+        reply = worker.receive(self.load_timeout)
+        if reply["event"] == "refused":
+            self._stop()
+            raise CandidateError(reply["message"])
+        if reply["event"] == "broken":
+            raise _Broken(reply["message"], reply["traceback"])
+        self._declared = {"recipe": reply["recipe"], "deterministic": reply["deterministic"]}
+
+    def _start(self) -> None:
+        self._worker = _Worker()
+        self._called, self._declared = False, {}
+
+    def _stop(self) -> None:
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
+
+    def _scratch(self) -> str:
+        if self._folder is None:
+            self._folder = tempfile.mkdtemp(prefix="moeref-")
+        return self._folder
+
+
+class _Died(Exception):
+    """The worker ended by itself; says how."""
+
+
+class _TimedOut(Exception):
+    """The worker did not answer in time."""
+
+
+class _Broken(Exception):
+    """Importing the candidate raised."""
+
+    def __init__(self, message: str, details: str) -> None:
+        super().__init__(message)
+        self.traceback = details
+
+
+def _with_print(details: str, printed: str) -> str:
+    return details + (f"--- printed last ---\n{printed}\n" if printed else "")
+
+
+class _Worker:
+    """One child process, its two pipes, and the end of what it printed."""
+
+    def __init__(self) -> None:
+        command_read, self._commands = os.pipe()
+        self._replies, reply_write = os.pipe()
+        self.printed = b""
+        self._received = b""
+        self._closed = False  # the reply pipe
+        self._process = subprocess.Popen(
+            [
+                sys.executable,
+                "-P",
+                "-c",
+                START,
+                json.dumps([str(entry) for entry in sys.path]),
+                str(command_read),
+                str(reply_write),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=(command_read, reply_write),
+            start_new_session=True,  # a process group of its own, which can be killed as one
+        )
+        os.close(command_read)
+        os.close(reply_write)
+        assert self._process.stdout is not None
+        self._output = self._process.stdout.fileno()
+        self._selector = selectors.DefaultSelector()
+        for fd in (self._replies, self._output):
+            os.set_blocking(fd, False)
+            self._selector.register(fd, selectors.EVENT_READ)
+
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process.poll() is None
+
+    def send(self, command: dict[str, Any]) -> None:
+        """Raises _Died."""
+        line = json.dumps(command).encode() + b"\n"
+        try:
+            while line:
+                line = line[os.write(self._commands, line) :]
+        except BrokenPipeError:
+            raise self._death() from None
+
+    def receive(self, limit: float) -> dict[str, Any]:
+        """The next reply. Raises _Died, or _TimedOut after `limit` seconds."""
+        deadline = time.monotonic() + limit
+        while b"\n" not in self._received:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise _TimedOut(f"no end after {limit:g} s")
+            self._selector.select(min(left, 0.25))
+            ended = not self.alive()  # asked before reading: what it wrote before its end is read below
+            self._drain()
+            if b"\n" not in self._received and (ended or self._closed):
+                raise self._death()
+        line, _, self._received = self._received.partition(b"\n")
+        try:
+            reply = json.loads(line)
+        except ValueError:
+            raise _Died("it wrote into the pipe between moeref and its process") from None
+        assert isinstance(reply, dict)
+        return reply
+
+    def _drain(self) -> None:
+        """Read what is there to read."""
+        for fd in [key.fd for key in self._selector.get_map().values()]:
+            data, count = b"?", 0
+            while data and count < 64:  # a candidate that prints without end must not keep us here
+                count += 1
+                try:
+                    data = os.read(fd, TAIL_BYTES)
+                except BlockingIOError:
+                    break
+                if fd == self._replies:
+                    self._received += data
+                else:
+                    self.printed = (self.printed + data)[-TAIL_BYTES:]
+            if not data:
+                self._selector.unregister(fd)
+                self._closed |= fd == self._replies
+
+    def _death(self) -> _Died:
+        try:
+            code = self._process.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            return _Died("it closed the pipe between moeref and its process")
+        self._drain()
+        if code >= 0:
+            return _Died(f"its process ended with exit code {code} (os._exit or the like)")
+        name = signal.Signals(-code).name
+        what = signal.strsignal(-code) or ""
+        hint = ": most likely the system ran out of memory" if name == "SIGKILL" else ""
+        return _Died(f"its process was ended by {name} ({what.lower()}){hint}")
+
+    def last_lines(self) -> str:
+        """The last lines on stdout and stderr."""
+        self._drain()
+        lines = self.printed.decode(errors="replace").splitlines()[-TAIL_LINES:]
+        return "\n".join(line[:500] for line in lines)
+
+    def kill(self) -> None:
+        """End the process and its group."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.wait()
+        self._selector.close()
+        os.close(self._commands)
+        os.close(self._replies)
+        if self._process.stdout is not None:
+            self._process.stdout.close()

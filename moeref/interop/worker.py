@@ -1,0 +1,109 @@
+"""The process in which a candidate runs: `python -m moeref.interop.worker COMMAND_FD REPLY_FD`, started by runner.
+
+It reads JSON lines from one private pipe and answers on another, so a candidate may print, or close its standard
+streams, as it likes. It ends with its whole process group when the command pipe closes: also when its parent dies.
+
+Commands: {"do": "load", "candidate", "folder", "device"} and {"do": "run", "inputs", "trials", "outputs"}.
+Replies: {"event": "ready"}, then to load {"event": "loaded"} or {"event": "refused" or "broken", "message", ...},
+to run {"event": "stage", "stage"} at each step and {"event": "done", "run", "outputs", "usable"}.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moeref.interop.candidates import Candidate, CandidateBroken, CandidateError, load
+from moeref.interop.observe import CandidateRun, failed, observe
+from moeref.interop.shared_inputs import Description, OutputWriter, open_shared
+
+
+def main(command_fd: int, reply_fd: int) -> None:
+    """Serve until the command pipe closes."""
+    for fd in (command_fd, reply_fd):
+        os.set_inheritable(fd, False)  # a process that the candidate starts must not hold them open
+    faulthandler.enable()
+    commands: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(command_fd, commands), daemon=True).start()
+
+    def reply(event: str, **content: Any) -> None:
+        line = json.dumps({"event": event, **content}).encode() + b"\n"
+        while line:
+            line = line[os.write(reply_fd, line) :]
+
+    reply("ready")
+    candidate: Candidate | None = None
+    device = torch.device("cpu")
+    while True:
+        command = commands.get()
+        if command["do"] == "load":
+            try:
+                device = torch.device(command["device"])
+                candidate = load(command["candidate"], Path(command["folder"]))
+                reply("loaded", recipe=candidate.recipe, deterministic=candidate.deterministic)
+            except CandidateBroken as error:
+                reply("broken", message=str(error), traceback=error.traceback)
+            except CandidateError as error:
+                reply("refused", message=str(error))
+        else:
+            assert candidate is not None, "run before load"
+            writer = OutputWriter(command["outputs"])
+            run = _run(candidate, command, device, writer, reply)
+            run.outputs = []  # they lie in the file
+            outputs = [place.to_json() for place in writer.places]
+            reply("done", run=vars(run), outputs=outputs, usable=_usable(device, run))
+
+
+def _run(
+    candidate: Candidate,
+    command: dict[str, Any],
+    device: torch.device,
+    writer: OutputWriter,
+    reply: Callable[..., None],
+) -> CandidateRun:
+    try:
+        opened = open_shared(Description.from_json(command["inputs"]))
+        run = observe(
+            candidate, opened, device, command["trials"], writer.keep, lambda stage: reply("stage", stage=stage)
+        )
+    except BaseException as error:
+        return failed(error, "opening the inputs", CandidateRun())
+    if len(run.outputs) > len(writer.places):  # too large to keep: told by shape and dtype
+        writer.note(run.outputs[-1])
+    return run
+
+
+def _usable(device: torch.device, run: CandidateRun) -> bool:
+    """Whether this process can go on: after an illegal access a CUDA context is lost for good."""
+    if run.status != "error" or device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    except Exception:
+        return False
+    return True
+
+
+def _read(command_fd: int, commands: queue.SimpleQueue[dict[str, Any]]) -> None:
+    """Pass commands on; at the end of the pipe end the process and every process that it started."""
+    with os.fdopen(command_fd, encoding="utf-8") as lines:
+        for line in lines:
+            commands.put(json.loads(line))
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
