@@ -26,6 +26,7 @@ _DEEPSEEK = (
     ("balanced", "heterogeneous", 129, 8),
     ("skewed", "model_like", 80, 16),
     ("one_expert", "heterogeneous", 17, 8),
+    ("one_expert", "model_like", 80, 8),
     ("no_local_work", "model_like", 7, 8),
     ("ties", "model_like", 24, 16),
     ("near_ties", "model_like", 24, 8),
@@ -44,6 +45,10 @@ _ONE_GROUP = (
     ("all_negative", "model_like", 16, 6),
     ("skewed", "zero_block", 40, 20),
 )
+
+
+DIAGNOSIS = ("small-t24-o8-iid-model_like-s0",)
+"""Problems whose geometry and shard laws and read-outs are run on."""
 
 
 def small_suite(seed: int = 0) -> list[Problem]:

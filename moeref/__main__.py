@@ -1,0 +1,5 @@
+"""`python -m moeref`."""
+
+from moeref.cli import main
+
+main()

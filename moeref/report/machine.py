@@ -1,0 +1,67 @@
+"""Outcomes as JSON: everything that was measured, for other programs."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moeref.verify import Outcome
+
+SCHEMA = 1
+
+
+def to_json(outcomes: Sequence[Outcome], candidate: str, left_out: Sequence[str]) -> dict[str, Any]:
+    """{schema, candidate, environment, left_out, outcomes: [{label, problem, status, checks, figures, ...}]}."""
+    return {
+        "schema": SCHEMA,
+        "candidate": candidate,
+        "environment": environment(),
+        "left_out": list(left_out),
+        "outcomes": [
+            {
+                "label": outcome.label,
+                "problem": outcome.verdict.problem,
+                "status": outcome.verdict.status,
+                "recipe": outcome.verdict.recipe,
+                "recipe_found": outcome.verdict.recipe_found,
+                "message": outcome.verdict.message,
+                "failed": list(outcome.verdict.failed),
+                "missed": list(outcome.verdict.missed),
+                "checks": [asdict(check) for check in outcome.verdict.checks],
+                "figures": asdict(outcome.verdict.figures),
+                "seconds": outcome.seconds,
+                "call_seconds": list(outcome.call_seconds),
+                "repeat": outcome.repeat,
+            }
+            for outcome in outcomes
+        ],
+    }
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware that figures depend on."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def write(path: Path, outcomes: Sequence[Outcome], candidate: str, left_out: Sequence[str]) -> None:
+    """Write `to_json` to a file. Infinite figures are written as strings, since JSON has none."""
+    path.write_text(json.dumps(_plain(to_json(outcomes, candidate, left_out)), indent=1, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return str(value)
+    return value

@@ -1,0 +1,114 @@
+"""One problem's way through: inputs -> reference and candidate -> verdict. The CLI and the test plugin call this."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moeref.interop.runner import CandidateRun, Runner
+from moeref.interop.shared_inputs import SharedInputs
+from moeref.judge.compare import CRITERIA
+from moeref.judge.verdict import AUTO, ERROR, Figures, Verdict, judge
+from moeref.make import make_inputs
+from moeref.reference import moe
+from moeref.spec import Problem, Recipe, SpecError
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to judge. Defaults are the CLI's."""
+
+    device: str = "cpu"
+    recipe: str = AUTO  # 'auto': the candidate's declared one, else found from the errors
+    preset: str = "published"  # a name of moeref.judge.compare.CRITERIA
+    matched_ratio_alone: bool = False
+    trials: int = 1
+    timeout: float = 300.0  # seconds for one call of the candidate
+    isolate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.preset not in CRITERIA:
+            raise SpecError(f"unknown preset '{self.preset}': expected one of {', '.join(CRITERIA)}")
+        if self.recipe != AUTO:
+            Recipe.parse(self.recipe)
+        if self.trials < 1:
+            raise SpecError(f"trials={self.trials}: expected at least 1")
+        if not self.timeout > 0:
+            raise SpecError(f"timeout={self.timeout}: expected more than 0 seconds")
+
+    def repeat(self, candidate: str, problem: Problem) -> str:
+        """The command line that judges this one problem again, the same way."""
+        words = ["moeref", "verify", candidate, "--problem", problem.name]
+        if self.device != "cpu":
+            words += ["--device", self.device]
+        if self.recipe != AUTO:
+            words += ["--recipe", self.recipe]
+        if self.matched_ratio_alone:
+            words += ["--criterion", "matched-ratio"]
+        if self.preset != "published":
+            words += ["--preset", self.preset]
+        if self.trials != 1:
+            words += ["--trials", str(self.trials)]
+        if not self.isolate:
+            words += ["--no-isolate"]
+        return shlex.join(words)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A verdict with its label, times and repeat command."""
+
+    label: str
+    verdict: Verdict
+    preset: str
+    seconds: float  # inputs, reference, candidate and judging
+    call_seconds: tuple[float, ...]  # each call of the candidate
+    repeat: str
+    traceback: str = ""
+
+
+def verify(candidate: str, problems: Sequence[tuple[str, Problem]], options: Options) -> Iterator[Outcome]:
+    """Judge `candidate` on each (label, problem) in turn; yields as soon as each is done.
+
+    One worker process serves all problems and is started again after it died. Raises SpecError for a problem of an
+    unknown kind, and moeref.interop.candidates.CandidateError where the candidate can't be found at all.
+    """
+    with Runner(candidate, device=options.device, timeout=options.timeout, isolate=options.isolate) as runner:
+        for label, problem in problems:
+            yield judge_one(runner, candidate, label, problem, options)
+
+
+def judge_one(runner: Runner, candidate: str, label: str, problem: Problem, options: Options) -> Outcome:
+    """One problem's outcome, through a runner that is already open on `candidate`."""
+    start = time.perf_counter()
+    verdict, run = _one(runner, problem, options)
+    return Outcome(
+        label=label,
+        verdict=verdict,
+        preset=options.preset,
+        seconds=time.perf_counter() - start,
+        call_seconds=tuple(run.seconds) if run else (),
+        repeat=options.repeat(candidate, problem),
+        traceback=run.traceback if run else "",
+    )
+
+
+def _one(runner: Runner, problem: Problem, options: Options) -> tuple[Verdict, CandidateRun | None]:
+    with SharedInputs() as shared:
+        inputs = make_inputs(problem, allocate=shared.allocate)
+        run = runner.run(shared.describe(inputs), trials=options.trials)
+        try:
+            placed = inputs.to(options.device)
+            trace = moe(placed)
+            recipe = run.recipe if options.recipe == AUTO else options.recipe
+            criterion = CRITERIA[options.preset]
+            verdict = judge(problem.name, placed, trace, run, recipe, criterion, options.matched_ratio_alone)
+        except torch.cuda.OutOfMemoryError as error:
+            figures = Figures(problem.seq_len, problem.offset, 0, 0, 0)
+            text = f"the judge ran out of GPU memory: {str(error).splitlines()[0]}; try --device cpu"
+            verdict = Verdict(problem.name, ERROR, (), "", False, figures, text)
+        return verdict, run
