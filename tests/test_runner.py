@@ -1,0 +1,425 @@
+"""Candidates that behave in every bad way: each gets a clear record, and the next problem runs."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_fast.backends import backends
+from moeref.inputs import Inputs
+from moeref.interop import observe
+from moeref.interop.candidates import CandidateError
+from moeref.interop.runner import CandidateRun, Runner
+from moeref.interop.shared_inputs import OutputWriter, Place, SharedFile, SharedInputs, open_shared, written_to
+from moeref.make import make_inputs
+from moeref.reference import moe
+from moeref.spec import PRESETS, Problem
+
+NAME = "small-t9-o8-iid-model_like-s0"
+TEN = "logits, bias, x, x_scale, w1, w1_scale, w2, w2_scale, offset, factor"
+GROUPS = "n_group, topk_group, top_k"
+
+# One file holds them all. `chosen` does as the one whose number is the scaling factor, so that one process serves many.
+FILE = f"""
+import ctypes, os, sys, threading, time
+import numpy
+import torch
+from moeref.inputs import Inputs
+from moeref.reference import moe
+from moeref.spec import Geometry
+
+def right({TEN}, *, {GROUPS}):
+    g = Geometry(logits.shape[1], w2.shape[0], w2.shape[1], w2.shape[2], top_k, n_group, topk_group)
+    return moe(Inputs({TEN}, g)).output
+
+def right_out({TEN}, out, *, {GROUPS}):
+    out.copy_(right({TEN}, n_group=n_group, topk_group=topk_group, top_k=top_k))
+
+def trace({TEN}, *, {GROUPS}):
+    g = Geometry(logits.shape[1], w2.shape[0], w2.shape[1], w2.shape[2], top_k, n_group, topk_group)
+    return moe(Inputs({TEN}, g))
+
+def zeros(x):
+    return torch.zeros(x.shape, dtype=torch.bfloat16)
+
+def raises(*ten): raise ValueError("this is\\nmine")
+def exits(*ten): sys.exit(3)
+def interrupts(*ten): raise GeneratorExit
+def os_exits(*ten): os._exit(7)
+def segfaults(*ten): ctypes.string_at(0)
+def aborts(*ten): os.abort()
+def kills(*ten): os.kill(os.getpid(), 9)
+def hangs(*ten): time.sleep(600)
+def hangs_printing(*ten):
+    while True: print("x" * 1000)
+def nothing(*ten): return None
+def number(*ten): return 3.5
+def pair(*ten): return zeros(ten[2]), 1
+def array(*ten): return numpy.zeros(ten[2].shape)
+def sparse(*ten): return torch.zeros(9, 256).to_sparse()
+def meta(*ten): return torch.zeros(9, 256, device="meta")
+def wrong_shape(*ten): return torch.zeros(3, 5, dtype=torch.float64)
+def enormous(*ten): return torch.zeros(1, dtype=torch.bfloat16).expand(1 << 20, 1 << 20)
+def transposed(*ten): return torch.zeros(256, 9, dtype=torch.bfloat16).T
+def with_gradient(*ten): return zeros(ten[2]).requires_grad_()
+def too_few(a, b): return a
+def memory(*ten): return torch.empty(1 << 60)
+
+def prints(*ten):
+    for i in range(200000): print("line", i)
+    print("to stderr", file=sys.stderr)
+    raise RuntimeError("after printing")
+
+def closes(*ten):
+    for fd in (1, 2):
+        try: os.close(fd)
+        except OSError: pass
+    return zeros(ten[2])
+
+def closes_everything(*ten):
+    os.closerange(0, 1000)
+    time.sleep(600)
+
+def threads(*ten):
+    for daemon in (True, False):
+        threading.Thread(target=time.sleep, args=(600,), daemon=daemon).start()
+    return zeros(ten[2])
+
+def children(*ten):
+    import subprocess
+    child = subprocess.Popen(["sleep", "600"])
+    raise RuntimeError(f"child {{child.pid}}")
+
+def forks(*ten):
+    if os.fork() == 0:
+        time.sleep(600)
+    os._exit(7)
+
+def mutates({TEN}):
+    bias += 1
+    w1.view(torch.uint8)[3, 5, 7] ^= 1
+    return zeros(x)
+
+def mutates_nothing({TEN}):
+    bias.copy_(bias.clone())
+    return zeros(x)
+
+def reshapes({TEN}):
+    logits.t_(); x.resize_(1, 1)
+    return torch.zeros(9, 256, dtype=torch.bfloat16)
+
+def view({TEN}): return w2.view(torch.bfloat16)[0, :9, :]
+def numpy_view({TEN}): return torch.from_numpy(x_scale.numpy().view(numpy.int16)).view(torch.bfloat16)
+
+STATIC = {{}}
+def static({TEN}):
+    if 0 not in STATIC: STATIC[0] = zeros(x)
+    return STATIC[0]
+
+def late({TEN}, out):
+    if 1 in STATIC: STATIC[1].fill_(5)
+    STATIC[1] = out.zero_()
+
+def ignores_out({TEN}, out): return zeros(x)
+
+def keeps_poison({TEN}, out): out[1:] = 0
+
+def random({TEN}): return torch.randn(x.shape).bfloat16()
+random.MOEREF = {{"deterministic": True, "recipe": "requant"}}
+
+def chosen({TEN}): return FUNCTIONS[int(factor)]({TEN})
+
+FUNCTIONS = [value for value in list(globals().values()) if getattr(value, "__module__", "") == __name__]
+"""
+NAMES = re.findall(r"^def (\w+)", FILE, re.M)
+
+
+@dataclass
+class Case:
+    inputs: Inputs
+    file: Path
+    worker: Runner  # runs `chosen`
+
+    def here(self, function: str, trials: int = 1) -> CandidateRun:
+        """In this process."""
+        with Runner(f"{self.file}:{function}", isolate=False) as runner:
+            return runner.run(self.inputs, trials=trials)
+
+    def there(self, function: str) -> CandidateRun:
+        """In the worker that most tests share."""
+        return self.worker.run(replace(self.inputs, routed_scaling_factor=float(NAMES.index(function))))
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    file = tmp_path_factory.mktemp("candidates") / "mine.py"
+    file.write_text(FILE)
+    inputs = make_inputs(Problem.parse(NAME))
+    before = {name: tensor.clone() for name, tensor in inputs.tensors().items()}
+    with Runner(f"{file}:chosen", timeout=1, load_timeout=60) as worker:
+        yield Case(inputs, file, worker)
+    for name, tensor in inputs.tensors().items():
+        assert torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("function", ["right", "right_out"])
+def test_a_right_candidate(case: Case, function: str) -> None:
+    run = case.here(function, trials=2)
+    assert (run.status, run.message, run.poisoned) == ("ok", "", function == "right_out")
+    expected = moe(case.inputs).output
+    assert len(run.outputs) == len(run.seconds) == 4
+    assert all(torch.equal(output, expected) and output.dtype == torch.bfloat16 for output in run.outputs)
+    assert not (run.changed_inputs or run.aliased_inputs or run.overwritten_result or run.notes)
+    assert (run.recipe, run.deterministic) == ("auto", False)
+
+
+def test_one_process_serves_many_problems_and_reads_shared_inputs() -> None:
+    with Runner("torch_grouped") as runner:
+        for name in (NAME, "small-t0-o8-iid-model_like-s0", "small_kimi-t40-o22-ties-heterogeneous-s0"):
+            with SharedInputs() as shared:
+                inputs = make_inputs(Problem.parse(name), allocate=shared.allocate)
+                run = runner.run(shared.describe(inputs))
+            assert (run.status, run.recipe, run.deterministic, run.poisoned) == ("ok", "exact", True, True), run.message
+            first, second = run.outputs
+            assert torch.equal(first.view(torch.int16), second.view(torch.int16))
+            assert first.shape == (inputs.seq_len, 256)
+            assert torch.allclose(first.float(), moe(inputs).output.float(), rtol=0.02, atol=1e-3)
+
+
+def test_moe_fast_stands_for_its_pick() -> None:
+    with Runner("moe_fast", isolate=False) as runner:
+        run = runner.run(make_inputs(Problem.parse(NAME)))
+    assert (run.status, run.recipe, run.deterministic) == ("ok", "exact", True)
+
+
+IN_PROCESS = {
+    "raises": ("error", r"call 1: raised ValueError: this is mine \(.*mine.py, line \d+, in raises\)"),
+    "exits": ("error", r"call 1: called sys.exit\(3\)"),
+    "interrupts": ("error", "call 1: raised GeneratorExit"),
+    "nothing": ("error", r"call 1: returned None, expected a bfloat16 tensor \[9, 256\] on cpu; .*'out'"),
+    "number": ("error", "returned a builtins.float, expected a bfloat16 tensor"),
+    "pair": ("error", "returned a builtins.tuple of Tensor, int, expected"),
+    "array": ("error", "returned a numpy.ndarray, expected"),
+    "sparse": ("error", "layout torch.sparse_coo"),
+    "meta": ("error", "returned a tensor on meta, expected .* on cpu"),
+    "too_few": ("error", "raised TypeError: too_few.* takes 2 positional arguments but 10 were given"),
+    "memory": ("error", "ran out of memory|raised RuntimeError"),
+    "wrong_shape": ("ok", ""),
+    "enormous": ("ok", ""),
+    "with_gradient": ("ok", ""),
+}
+
+
+@pytest.mark.parametrize("function", IN_PROCESS)
+def test_what_python_can_survive(case: Case, function: str) -> None:
+    status, message = IN_PROCESS[function]
+    run = case.here(function)
+    assert run.status == status, run.message
+    assert re.search(message, run.message), run.message
+    assert "Traceback" not in run.message and "\n" not in run.message
+    assert ("Traceback" in run.traceback) == (status == "error")
+
+
+@pytest.mark.parametrize("function", ["raises", "exits", "nothing", "wrong_shape", "enormous"])
+def test_some_of_them_in_one_worker_too(case: Case, function: str) -> None:
+    status, message = IN_PROCESS[function]
+    run = case.there(function)
+    assert run.status == status and re.search(message, run.message), run.message
+    if function == "wrong_shape":
+        assert (run.outputs[0].shape, run.outputs[0].dtype) == ((3, 5), torch.float64)
+    if function == "enormous":  # shape and dtype alone
+        assert [(one.shape, one.dtype) for one in run.outputs] == [((1 << 20, 1 << 20), torch.bfloat16)]
+
+
+# the process ends with each of these, and another serves the next
+DEADLY = {
+    "os_exits": "call 1: its process ended with exit code 7",
+    "segfaults": r"call 1: its process was ended by SIGSEGV \(segmentation fault\)",
+    "kills": r"call 1: its process was ended by SIGKILL .*out of memory",
+    "hangs": "call 1: no end after 1 s; its process was killed. --timeout sets the limit",
+    "hangs_printing": "call 1: no end after 1 s",
+    "closes_everything": "call 1: (it closed the pipe|no end after)",
+    "forks": "exit code 7",
+}
+
+
+@pytest.mark.parametrize("function", DEADLY)
+def test_what_only_a_process_can_survive(case: Case, function: str) -> None:
+    assert case.there("wrong_shape").status == "ok"  # the first call in a process has more time
+    start = time.monotonic()
+    run = case.there(function)
+    assert run.status == "error" and re.search(DEADLY[function], run.message), run.message
+    assert time.monotonic() - start < 10
+    if function == "segfaults":
+        assert "Segmentation fault" in run.traceback and "in segfaults" in run.traceback  # faulthandler's
+    assert len(run.printed.splitlines()) <= 20
+
+
+def test_prints_stay_off_the_results_and_the_last_lines_are_kept(case: Case) -> None:
+    run = case.there("prints")
+    assert run.message.startswith("call 1: raised RuntimeError: after printing")
+    lines = run.printed.splitlines()
+    assert len(lines) == 20 and lines[-2:] == ["line 199999", "to stderr"] and run.printed in run.traceback
+
+
+@pytest.mark.parametrize("function", ["threads", "closes", "wrong_shape"])
+def test_harmless_habits(case: Case, function: str) -> None:
+    run = case.there(function)
+    assert run.status == "ok", run.message
+
+
+def test_children_end_with_the_worker(case: Case) -> None:
+    with Runner(f"{case.file}:children") as runner:
+        child = int(re.findall(r"child (\d+)", runner.run(case.inputs).message)[0])
+        os.kill(child, 0)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and _runs(child):
+        time.sleep(0.05)
+    assert not _runs(child)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks processes up in /proc")
+def test_the_worker_ends_when_its_parent_dies(case: Case) -> None:
+    code = (
+        "import os\nfrom moeref.interop.runner import Runner, _Worker\n"
+        f"runner = Runner({str(case.file) + ':hangs'!r})\nrunner.__enter__()\n"
+        "runner._worker.receive(60)\nprint(runner._worker._process.pid, flush=True)\nos._exit(0)\n"
+    )
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": path}
+    )
+    pid = int(done.stdout)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and _runs(pid):
+        time.sleep(0.05)
+    assert not _runs(pid)
+
+
+@pytest.mark.parametrize("where", ["here", "there"])
+def test_inputs_that_are_written_to(case: Case, where: str) -> None:
+    run = getattr(case, where)("mutates")
+    assert run.status == "ok" and sorted(run.changed_inputs) == ["gemm1_weights", "routing_bias"]
+    run = getattr(case, where)("mutates_nothing")
+    assert run.status == "ok" and run.changed_inputs == []
+    assert case.here("reshapes").changed_inputs == []
+
+
+@pytest.mark.parametrize(("function", "name"), [("view", "gemm2_weights"), ("numpy_view", "hidden_states_scale")])
+def test_a_view_of_an_input(case: Case, function: str, name: str) -> None:
+    run = case.here(function)
+    assert run.status == "ok" and run.aliased_inputs == [name], run.message
+
+
+@pytest.mark.parametrize("function", ["static", "late"])
+def test_a_result_that_a_later_call_touches(case: Case, function: str) -> None:
+    assert case.here(function).overwritten_result
+
+
+def test_notes(case: Case) -> None:
+    assert "the buffer is judged" in case.here("ignores_out").notes[0]
+    assert "not contiguous" in case.here("transposed").notes[0]
+    run = case.here("trace")
+    assert run.notes == ["returned a Trace: its output is judged"]
+    assert torch.equal(run.outputs[0], moe(case.inputs).output)
+
+
+def test_poison_shows_what_is_not_written(case: Case) -> None:
+    run = case.here("keeps_poison")
+    first, second = run.outputs
+    assert run.poisoned and first[0].isnan().all() and bool((second[0] == 1e4).all()) and not first[1:].any()
+
+
+def test_declarations_arrive(case: Case) -> None:
+    run = case.here("random")
+    assert (run.recipe, run.deterministic) == ("requant", True) and not torch.equal(*run.outputs)
+
+
+def test_an_unsupported_candidate_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "needs 9 GPUs"
+    broken = replace(backends()["reference"], unsupported=lambda geometry, device: reason)
+    monkeypatch.setattr("moe_fast.backends.backends", lambda: {"reference": broken})
+    with Runner("reference", isolate=False) as runner:
+        run = runner.run(make_inputs(Problem.parse(NAME)))
+    assert (run.status, run.message, run.outputs) == ("unsupported", reason, [])
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_a_file_that_cannot_be_imported_is_an_error_each_time(tmp_path: Path, case: Case, isolate: bool) -> None:
+    file = tmp_path / "bad.py"
+    file.write_text("print('before')\n1 / 0\n")
+    with Runner(f"{file}:run", isolate=isolate) as runner:
+        for _ in range(2):
+            run = runner.run(case.inputs)
+            assert run.status == "error" and "can't be imported: ZeroDivisionError" in run.message
+            assert "Traceback" in run.traceback and (not isolate or run.printed == "before")
+
+
+def test_a_file_that_ends_its_process_while_imported(tmp_path: Path, case: Case) -> None:
+    file = tmp_path / "bad.py"
+    file.write_text("import os\nos._exit(0)\n")
+    with Runner(f"{file}:run") as runner:
+        for _ in range(2):  # the second time at once: it would end again
+            run = runner.run(case.inputs)
+            assert run.message.startswith("importing the candidate: its process ended with exit code 0")
+
+
+def test_a_candidate_that_does_not_exist(tmp_path: Path, case: Case) -> None:
+    with pytest.raises(CandidateError, match="unknown candidate 'odd'"), Runner("odd"):
+        pass
+    with pytest.raises(CandidateError, match=r"no function 'rite'; did you mean right.*\?; found"):
+        case.here("rite")
+    with Runner(f"{case.file}:rite") as runner, pytest.raises(CandidateError, match=r"did you mean right"):
+        runner.run(case.inputs)
+
+
+def test_memory_running_out_is_said() -> None:
+    errors = (
+        MemoryError(),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("can't allocate memory: you tried"),
+    )
+    assert all(observe.is_out_of_memory(error) for error in errors)
+    assert not observe.is_out_of_memory(ValueError("out of memory"))
+
+
+def test_shared_memory_is_private_to_the_reader_and_knows_what_was_written() -> None:
+    with SharedInputs() as shared:
+        inputs = make_inputs(Problem(PRESETS["dsv3"], 0, 0, "iid", "model_like", 0), allocate=shared.allocate)
+        opened = open_shared(shared.describe(inputs))
+        assert opened.inputs.gemm1_weights.nbytes == 32 * 4096 * 7168  # mapped, never touched
+        if Path("/proc/self/smaps").exists():
+            assert written_to(opened.inputs.tensors()) == set()
+            opened.inputs.gemm2_weights.view(torch.uint8)[31, -1, -1] = 1
+            assert written_to(opened.inputs.tensors()) == {"gemm2_weights"}
+            assert not inputs.gemm2_weights.view(torch.uint8)[31, -1, -1]
+            assert not opened.pristine.gemm2_weights.view(torch.uint8)[31, -1, -1]
+
+
+def test_tensors_pass_through_a_file() -> None:
+    file = SharedFile()
+    writer = OutputWriter(file.path)
+    tensors = [torch.randn(5, 7), torch.zeros(0, 3), torch.arange(6).view(2, 3).T, torch.tensor(2.0)]
+    kept = [writer.keep(tensor) for tensor in tensors]
+    writer.note(torch.zeros(4, 2, dtype=torch.int8))
+    read = [Place.from_json(place.to_json()).open(mmap.ACCESS_COPY) for place in writer.places]
+    file.close()
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(tensors, kept, read[:-1], strict=True))
+    assert (read[-1].shape, read[-1].dtype) == ((4, 2), torch.int8)
