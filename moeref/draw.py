@@ -43,7 +43,7 @@ class Stream:
         return ((self.u32(count).astype(np.uint64) * np.uint64(limit)) >> np.uint64(32)).astype(np.int64)
 
     def normals(self, count: int) -> I32:
-        """`count` standard normal draws as integers, in units of 2**-FIXED_POINT, within +-4.33, the table's last quantile."""
+        """`count` standard normal draws as integers in units of 2**-FIXED_POINT, within +-4.33 (the last quantile)."""
         word = self.u32(count)
         coarse = _normal_table()[word >> np.uint32(16)]  # units of 2**-16
         draws: I32 = coarse * np.int32(16) + (word & np.uint32(15)).astype(np.int32)
