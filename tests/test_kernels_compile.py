@@ -45,18 +45,18 @@ def route_constants(block: int, chunk: int, fused: bool, experts_: int = 256, lo
     }  # fmt: skip
 
 
-def experts_constants(bn: int, nb: int, mb: int, stages: int, unroll: int, ahead: int = 2**24) -> dict:
+def experts_constants(bn: int, nb: int, mb: int, stages: int, unroll: int) -> dict:
     """Constants of experts_kernel."""
     return {
-        "U1": unroll, "U2": unroll, "EVICT": "evict_first", "AHEAD": ahead,
-        **SIZES, "BN": bn, "NB": nb, "MB": mb, "STAGES1": stages, "STAGES2": stages, "PREFETCH": True, "PDL": True,
+        "U1": unroll, "U2": unroll,
+        **SIZES, "BN": bn, "NB": nb, "MB": mb, "STAGES1": stages, "STAGES2": stages, "PDL": True,
     }  # fmt: skip
 
 
 CASES: dict[str, tuple[Any, Mapping[str, str], dict[str, Any], int, bool]] = {
     "route_one": (routing.route_kernel, ROUTE, route_constants(1, 1, True), 1, False),
-    "route_fused": (routing.route_kernel, ROUTE, route_constants(4, 128, True), 4, False),
-    "route_kimi": (routing.route_kernel, ROUTE, route_constants(4, 1, False, 384, 48, 1), 4, False),
+    "route_fused": (routing.route_kernel, ROUTE, route_constants(1, 16, True), 1, False),
+    "route_kimi": (routing.route_kernel, ROUTE, route_constants(1, 1, False, 384, 48, 1), 1, False),
     "count": (
         permute.count_kernel,
         {"local_slot": I32, "chunk_counts": I32, "num_tokens": "i32"},
@@ -67,14 +67,21 @@ CASES: dict[str, tuple[Any, Mapping[str, str], dict[str, Any], int, bool]] = {
     "permute": (
         permute.permute_kernel,
         {**PLACE, "permuted_idx_to_token_idx": I32, "chunk_counts": I32, "num_tokens": "i32"},
-        {"L": 32, "LP": 32, "K": 8, "CHUNK_T": 128, "TILE_ROWS": 16},
+        {"L": 32, "LP": 32, "K": 8, "CHUNK_T": 128, "TILE_ROWS": 16, "ALONE": False},
+        4,
+        False,
+    ),
+    "permute_alone": (
+        permute.permute_kernel,
+        {**PLACE, "permuted_idx_to_token_idx": I32, "chunk_counts": I32, "num_tokens": "i32"},
+        {"L": 32, "LP": 32, "K": 8, "CHUNK_T": 128, "TILE_ROWS": 16, "ALONE": True},
         4,
         False,
     ),
     "gemm1": (
         gemm1.gemm1_kernel,
         {**HIDDEN, **WEIGHTS1, **PLAN, **STAGE, "arrivals": I32},
-        {**SIZES, "BN": 16, "NB": 128, "STAGES": 4, "U": 1, "EVICT": "evict_first"},
+        {**SIZES, "BN": 16, "NB": 128, "STAGES": 4, "U": 1},
         8,
         True,
     ),
@@ -82,12 +89,13 @@ CASES: dict[str, tuple[Any, Mapping[str, str], dict[str, Any], int, bool]] = {
         gemm2.gemm2_kernel,
         {"requantized": FP8, "requantized_scale": F32, "row_capacity": "i32", **WEIGHTS2}
         | {"expert_offsets": I32, "tile_offsets": I32, "gemm2_out": F32},
-        {**SIZES, "BN": 16, "MB": 128, "STAGES": 4, "U": 1, "EVICT": "evict_first"},
+        {**SIZES, "BN": 16, "MB": 128, "STAGES": 4, "U": 1},
         4,
         True,
     ),
-    "experts_16": (experts.experts_kernel, EXPERTS, experts_constants(16, 32, 64, 3, 4), 4, True),
-    "experts_64": (experts.experts_kernel, EXPERTS, experts_constants(64, 64, 128, 2, 2), 8, True),
+    "experts_16": (experts.experts_kernel, EXPERTS, experts_constants(16, 32, 64, 3, 2), 4, True),
+    "experts_32": (experts.experts_kernel, EXPERTS, experts_constants(32, 64, 128, 5, 1), 4, True),
+    "experts_32_hopper": (experts.experts_kernel, EXPERTS, experts_constants(32, 64, 128, 2, 2), 4, True),
     "combine": (
         combine.combine_kernel,
         {"gemm2_out": F32, "topk_weights": F32, "token_rows": I32, "output": "*bf16"},
@@ -121,8 +129,16 @@ def spilled(compiled: Any) -> tuple[int, int, int]:
     return registers, stack + local, compiled.metadata.shared
 
 
-@pytest.mark.parametrize("capability", [90, 100])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    # the tiling for 513 to 1024 tokens fills Hopper's registers and would spill on Blackwell, which needs its own
+    [
+        (name, capability)
+        for name in CASES
+        for capability in (90, 100)
+        if (name, capability) != ("experts_32_hopper", 100)
+    ],
+)
 def test_compiles(name: str, capability: int) -> None:
     """Builds, uses the Hopper or Blackwell matrix unit where it should, keeps everything in registers."""
     compiled = build(name, capability)

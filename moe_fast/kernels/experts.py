@@ -17,7 +17,6 @@ import triton.language as tl
 
 from moe_fast.kernels.gemm1 import gemm1_tile
 from moe_fast.kernels.gemm2 import gemm2_tile
-from moe_fast.kernels.l2 import prefetch
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,6 @@ class Tiling:
     programs_per_sm: int
     unroll1: int = 1  # steps of 128 of K in one iteration
     unroll2: int = 1
-    prefetch: bool = False  # W2 into L2 while gemm1 finishes
-    ahead: int = 0  # bytes of local expert 0's W1 brought into L2 while routing decides: a bet, for many tokens
-    evict: str = "evict_first"  # what L2 does with weights
     pdl: bool = True  # programmatic dependent launch
 
 
@@ -68,15 +64,8 @@ def experts_kernel(
     STAGES2: tl.constexpr,
     U1: tl.constexpr,
     U2: tl.constexpr,
-    EVICT: tl.constexpr,
-    AHEAD: tl.constexpr,
-    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if AHEAD > 0:  # while routing decides, the memory is idle: bet on local expert 0, whose items come first
-        for start in range(tl.program_id(0) * 128, AHEAD // 512, tl.num_programs(0) * 128):
-            piece = start + tl.arange(0, 128)
-            prefetch(gemm1_weights + piece * 512, piece < AHEAD // 512, 512)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -90,7 +79,7 @@ def experts_kernel(
         tile, complete = gemm1_tile(
             item, hidden_states, hidden_states_scale, scale_stride, gemm1_weights, gemm1_weights_scale,
             permuted_idx_to_token_idx, expert_offsets, tile_offsets, swiglu_out, requantized, requantized_scale,
-            row_capacity, arrivals, H, I, L, BN, NB, STAGES1, U1, EVICT,
+            row_capacity, arrivals, H, I, L, BN, NB, STAGES1, U1,
         )  # fmt: skip
         if complete:
             tl.atomic_add(done + tile, 1, sem="release")
@@ -98,7 +87,7 @@ def experts_kernel(
     while item < items:
         gemm2_tile(
             item - gemm1_items, requantized, requantized_scale, row_capacity, gemm2_weights, gemm2_weights_scale,
-            expert_offsets, tile_offsets, gemm2_out, done, H, I, L, BN, MB, STAGES2, U2, EVICT, True, PREFETCH,
+            expert_offsets, tile_offsets, gemm2_out, done, H, I, L, BN, MB, STAGES2, U2, True,
         )  # fmt: skip
         item = tl.atomic_add(counters, 1, sem="relaxed")
 
@@ -160,9 +149,6 @@ def experts(
         STAGES2=tiling.stages2,
         U1=math.gcd(tiling.unroll1, hidden // 128),
         U2=math.gcd(tiling.unroll2, intermediate // 128),
-        EVICT=tiling.evict,
-        AHEAD=min(tiling.ahead, 2 * intermediate * hidden) // 512 * 512 if on_gpu else 0,
-        PREFETCH=on_gpu and tiling.prefetch,
         PDL=pdl,
         num_warps=tiling.warps,
         **options,

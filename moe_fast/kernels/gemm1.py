@@ -35,15 +35,19 @@ def locate(item, tile_offsets, expert_offsets, PARTS: tl.constexpr, L: tl.conste
     """Item -> (expert, part, tile, first row, end of the expert's rows). Items: by expert, then part, then tile."""
     LP: tl.constexpr = triton.next_power_of_2(L)
     slot = tl.arange(0, LP)
-    ends = tl.load(tile_offsets + 1 + slot, mask=slot < L, other=2147483647)
-    expert = tl.sum((ends <= item // PARTS).to(tl.int32), axis=0)
-    first_tile = tl.load(tile_offsets + expert)
-    tiles = tl.load(tile_offsets + expert + 1) - first_tile
+    tile_ends = tl.load(tile_offsets + 1 + slot, mask=slot < L, other=2147483647)
+    row_ends = tl.load(expert_offsets + 1 + slot, mask=slot < L, other=2147483647)
+    # Two loads at once and reductions, where looking the expert up would be a chain of loads.
+    before = tile_ends <= item // PARTS  # experts before this item's
+    expert = tl.sum(before.to(tl.int32), axis=0)
+    first_tile = tl.max(tl.where(before, tile_ends, 0), axis=0)
+    next_tile = tl.min(tl.where(before, 2147483647, tile_ends), axis=0)
+    first_row = tl.max(tl.where(before, row_ends, 0), axis=0)
+    row_end = tl.min(tl.where(before, 2147483647, row_ends), axis=0)
     inner = item - first_tile * PARTS
-    part = inner // tiles
+    tiles = next_tile - first_tile
     nth = inner % tiles
-    row0 = tl.load(expert_offsets + expert) + nth * BN
-    return expert, part, first_tile + nth, row0, tl.load(expert_offsets + expert + 1)
+    return expert, inner // tiles, first_tile + nth, first_row + nth * BN, row_end
 
 
 @triton.jit
@@ -82,7 +86,6 @@ def gemm1_tile(
     NB: tl.constexpr,
     STAGES: tl.constexpr,
     U: tl.constexpr,
-    EVICT: tl.constexpr,
 ):
     """One tile times one part. Returns (tile, whether a block of 128 columns of requantized is complete now)."""
     expert, part, tile, row0, row_end = locate(item, tile_offsets, expert_offsets, I // NB, L, BN)
@@ -108,7 +111,7 @@ def gemm1_tile(
         following = tl.minimum(step + 1, H // 128 // U - 1) * U
         next_up, next_gate, next_x = load_scales(up_scale, gate_scale, x_scale, scale_stride, live, following, U)
         for u in tl.static_range(U):
-            w = tl.load(w_ptr + (step * U + u) * 128, eviction_policy=EVICT)  # [2NB, 128]
+            w = tl.load(w_ptr + (step * U + u) * 128)  # [2NB, 128]
             x = tl.load(x_ptr + (step * U + u) * 128, mask=live[None, :], other=0.0)  # [128, BN]
             product = tl.dot(w, x)
             acc += product * (tl.where(is_gate, s_gate[u], s_up[u])[:, None] * s_x[u][None, :])
@@ -159,14 +162,13 @@ def gemm1_kernel(
     NB: tl.constexpr,
     STAGES: tl.constexpr,
     U: tl.constexpr,
-    EVICT: tl.constexpr,
 ):
     items = tl.load(tile_offsets + L) * (I // NB)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         gemm1_tile(
             item, hidden_states, hidden_states_scale, scale_stride, gemm1_weights, gemm1_weights_scale,
             permuted_idx_to_token_idx, expert_offsets, tile_offsets, swiglu_out, requantized, requantized_scale,
-            row_capacity, arrivals, H, I, L, BN, NB, STAGES, U, EVICT,
+            row_capacity, arrivals, H, I, L, BN, NB, STAGES, U,
         )  # fmt: skip
 
 
@@ -212,7 +214,6 @@ def gemm1(
         NB=part,
         STAGES=stages,
         U=unroll,
-        EVICT="evict_first",
         num_warps=warps,
     )
 

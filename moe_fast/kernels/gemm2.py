@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from moe_fast.kernels.gemm1 import load_scales, locate
-from moe_fast.kernels.l2 import prefetch
 
 
 @triton.jit
@@ -33,9 +32,7 @@ def gemm2_tile(
     MB: tl.constexpr,
     STAGES: tl.constexpr,
     U: tl.constexpr,
-    EVICT: tl.constexpr,
     WAIT: tl.constexpr,
-    PREFETCH: tl.constexpr,
 ):
     """One tile times one part. WAIT: only after all I/128 blocks of the tile's requantized rows are there."""
     expert, part, tile, row0, row_end = locate(item, tile_offsets, expert_offsets, H // MB, L, BN)
@@ -45,9 +42,6 @@ def gemm2_tile(
     k = tl.arange(0, 128)
     weights = gemm2_weights + expert.to(tl.int64) * (H * I)
     if WAIT:
-        if PREFETCH:  # the weights do not depend on gemm1: into L2 with them while it finishes
-            piece = tl.arange(0, 128)  # the part is MB * I consecutive bytes
-            prefetch(weights + part * MB * I + piece * (MB * I // 128), piece >= 0, MB * I // 128)
         while tl.atomic_add(done + tile, 0, sem="acquire") < I // 128:
             pass
     w_ptr = weights + (m[:, None] * I + k[None, :])
@@ -63,7 +57,7 @@ def gemm2_tile(
         following = tl.minimum(step + 1, I // 128 // U - 1) * U
         next_w, next_upper, next_x = load_scales(w_scale, w_upper, x_scale, row_capacity, live, following, U)
         for u in tl.static_range(U):
-            w = tl.load(w_ptr + (step * U + u) * 128, eviction_policy=EVICT)  # [MB, 128]
+            w = tl.load(w_ptr + (step * U + u) * 128)  # [MB, 128]
             x = tl.load(x_ptr + (step * U + u) * 128, mask=live[None, :], other=0.0)  # [128, BN]
             product = tl.dot(w, x)
             if MB > 128:
@@ -91,13 +85,12 @@ def gemm2_kernel(
     MB: tl.constexpr,
     STAGES: tl.constexpr,
     U: tl.constexpr,
-    EVICT: tl.constexpr,
 ):
     items = tl.load(tile_offsets + L) * (H // MB)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         gemm2_tile(
             item, requantized, requantized_scale, row_capacity, gemm2_weights, gemm2_weights_scale,
-            expert_offsets, tile_offsets, gemm2_out, tile_offsets, H, I, L, BN, MB, STAGES, U, EVICT, False, False,
+            expert_offsets, tile_offsets, gemm2_out, tile_offsets, H, I, L, BN, MB, STAGES, U, False,
         )  # fmt: skip
 
 
@@ -134,7 +127,6 @@ def gemm2(
         MB=part,
         STAGES=stages,
         U=unroll,
-        EVICT="evict_first",
         num_warps=warps,
     )
 

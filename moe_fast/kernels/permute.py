@@ -83,18 +83,22 @@ def permute_kernel(
     K: tl.constexpr,
     CHUNK_T: tl.constexpr,
     TILE_ROWS: tl.constexpr,
+    ALONE: tl.constexpr,
 ):
-    """One program a chunk; each adds up the counts of all chunks for itself."""
+    """One program a chunk; each adds up the counts of all chunks for itself. ALONE: one chunk, nothing to read."""
     chunk = tl.program_id(0)
     local = tl.arange(0, LP)
-    before = tl.zeros((LP,), tl.int32)
-    total = tl.zeros((LP,), tl.int32)
-    for other in range(0, tl.num_programs(0)):
-        counts = tl.load(chunk_counts + other * L + local, mask=local < L, other=0)
-        total += counts
-        before += tl.where(other < chunk, counts, 0)
     token = chunk * CHUNK_T + tl.arange(0, CHUNK_T)
     slot = load_slots(local_slot, token, num_tokens, L, LP)
+    before = tl.zeros((LP,), tl.int32)
+    total = tl.zeros((LP,), tl.int32)
+    if ALONE:
+        total = tl.sum((slot >= 0).to(tl.int32), axis=0)
+    else:
+        for other in range(0, tl.num_programs(0)):
+            counts = tl.load(chunk_counts + other * L + local, mask=local < L, other=0)
+            total += counts
+            before += tl.where(other < chunk, counts, 0)
     permute_chunk(slot, token, before, total, token_rows, permuted_idx_to_token_idx, K)
     if chunk == 0:
         store_offsets(total, expert_offsets, tile_offsets, L, LP, TILE_ROWS)
@@ -109,11 +113,16 @@ def permute(
     chunk_counts: torch.Tensor,
     tile_rows: int,
 ) -> None:
-    """Fill token_rows (where a choice is local), the offsets and permuted_idx_to_token_idx. Two launches."""
+    """Fill token_rows (where a choice is local), the offsets and permuted_idx_to_token_idx.
+
+    One launch up to CHUNK tokens, two beyond.
+    """
     tokens, local = local_slot.shape
     padded = triton.next_power_of_2(local)
     grid = (triton.cdiv(tokens, CHUNK),)
-    count_kernel[grid](local_slot, chunk_counts, tokens, L=local, LP=padded, CHUNK_T=CHUNK, num_warps=4)
+    alone = tokens <= CHUNK
+    if not alone:
+        count_kernel[grid](local_slot, chunk_counts, tokens, L=local, LP=padded, CHUNK_T=CHUNK, num_warps=4)
     permute_kernel[grid](
         local_slot,
         token_rows,
@@ -127,6 +136,7 @@ def permute(
         K=token_rows.shape[1],
         CHUNK_T=CHUNK,
         TILE_ROWS=tile_rows,
+        ALONE=alone,
         num_warps=4,
     )
 

@@ -1,4 +1,4 @@
-"""Route: choose top_k experts a token, DeepSeek-V3's way. Up to 128 tokens, the same launch also permutes.
+"""Route: choose top_k experts a token, DeepSeek-V3's way. For few tokens, the same launch also permutes.
 
 Every choice is one maximum over 64-bit keys: the score's bits, mapped so that they order as integers, above the
 complement of the id. So equal scores give the lower id, NaN counts as the largest (as torch sorts it), and no id can
@@ -12,7 +12,14 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from moe_fast.kernels.permute import CHUNK, load_slots, permute_chunk, store_offsets
+from moe_fast.kernels.permute import load_slots, permute_chunk, store_offsets
+
+TOKENS_PER_PROGRAM = 1
+"""One warp a token, so that no reduction crosses warps. Two tokens on two warps gave wrong ids on an H100 with Triton
+3.6, though the interpreter is right about the same code; docs/h100.md has what is known."""
+
+TOKENS_FUSED = 16
+"""Up to so many tokens the last program to finish permutes too; more are too much for its one warp."""
 
 LOWEST_KEY = tl.constexpr(-(2**63))
 LOWEST_FINITE = tl.constexpr(-3.4028234663852886e38)
@@ -175,11 +182,11 @@ def route(
 ) -> bool:
     """Fill topk_ids, topk_weights and local_slot (slot of the choice that is local expert l, or -1); zero `counters`.
 
-    Returns whether the permutation is done too (at most CHUNK tokens); if not, `permute` must follow.
+    Returns whether the permutation is done too (at most TOKENS_FUSED tokens); if not, `permute` must follow.
     """
     tokens, experts = routing_logits.shape
-    block = 4 if tokens > 4 else 1
-    fused = tokens <= CHUNK
+    fused = tokens <= TOKENS_FUSED
+    block = TOKENS_PER_PROGRAM
     route_kernel[(triton.cdiv(tokens, block),)](
         routing_logits,
         routing_bias,
@@ -202,7 +209,7 @@ def route(
         N_GROUP=n_group,
         TOPK_GROUP=topk_group,
         BLOCK_T=block,
-        CHUNK_T=min(CHUNK, triton.next_power_of_2(max(tokens, 1))) if fused else 1,
+        CHUNK_T=triton.next_power_of_2(max(tokens, 1)) if fused else 1,
         TILE_ROWS=tile_rows,
         PERMUTE=fused,
         FAST_EXP=fast_exp,

@@ -1,6 +1,6 @@
 """The ten-input function in Triton: route (and permute), experts (gemm1, gemm2), combine.
 
-Three launches up to 128 tokens, five beyond.
+Three launches up to 16 tokens, four up to 128, five beyond.
 
 Recipe 'requant': SwiGLU's output becomes e4m3 with a float32 scale per 1x128 block; everything else is float32 until
 the final cast. Nothing synchronises with the host; grids hold for any routing, so a captured graph may be replayed
@@ -18,6 +18,7 @@ from moe_fast.kernels.combine import combine
 from moe_fast.kernels.experts import Tiling, experts, num_counters
 from moe_fast.kernels.permute import CHUNK, permute
 from moe_fast.kernels.routing import route
+from moe_fast.target import target_of
 
 RECIPE = "requant"
 TOKENS_AT_ONCE = 1024
@@ -27,8 +28,8 @@ TOKENS_AT_ONCE = 1024
 TILINGS: tuple[tuple[int, Tiling], ...] = (
     (4, Tiling(16, 64, 64, 4, 3, 3, 2, unroll1=2, unroll2=4)),
     (192, Tiling(16, 32, 64, 4, 3, 3, 3, unroll1=2, unroll2=2)),
-    (512, Tiling(32, 64, 128, 4, 5, 5, 2, evict="")),
-    (1024, Tiling(64, 64, 128, 4, 4, 4, 2, evict="")),
+    (512, Tiling(32, 64, 128, 4, 5, 5, 2)),
+    (1024, Tiling(32, 64, 128, 4, 2, 2, 2, unroll1=2, unroll2=2)),
 )
 """(up to so many tokens, tiling), for about one local row a token, as expert parallel 8 has."""
 
@@ -138,7 +139,7 @@ def run(
     tokens, hidden = hidden_states.shape
     if out is None:
         out = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=hidden_states.device)
-    local, _, intermediate = gemm2_weights.shape[0], hidden, gemm2_weights.shape[2]
+    local, intermediate = gemm2_weights.shape[0], gemm2_weights.shape[2]
     for start in range(0, tokens, tokens_at_once):
         part = slice(start, min(start + tokens_at_once, tokens))
         count = part.stop - part.start
@@ -230,21 +231,9 @@ def _run_slice(
         space.requantized_scale,
         space.gemm2_out,
         space.counters,
-        (space.counters.numel() - 1) // (1 + space.requantized.shape[1] // 128),
-        programs_on(hidden_states.device) * cut.programs_per_sm,
+        (space.counters.numel() - 1) // (1 + gemm2_weights.shape[2] // 128),
+        target_of(hidden_states.device).sm_count * cut.programs_per_sm,
         cut,
         on_gpu,
     )
     combine(space.gemm2_out, topk_weights, token_rows, out, pdl=on_gpu and cut.pdl)
-
-
-_sm_counts: dict[torch.device, int] = {}
-
-
-def programs_on(device: torch.device) -> int:
-    """Multiprocessors of a device; 2 on the CPU, where the interpreter runs programs one after the other."""
-    if device.type != "cuda":
-        return 2
-    if device not in _sm_counts:
-        _sm_counts[device] = torch.cuda.get_device_properties(device).multi_processor_count
-    return _sm_counts[device]
