@@ -423,3 +423,44 @@ def test_tensors_pass_through_a_file() -> None:
     file.close()
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(tensors, kept, read[:-1], strict=True))
     assert (read[-1].shape, read[-1].dtype) == ((4, 2), torch.int8)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_gpu_worker_survives_its_candidates(case: Case) -> None:
+    file = case.file.parent / "on_gpu.py"
+    file.write_text(
+        f"""
+import torch
+
+def run({TEN}):
+    assert x.device == torch.device("cuda", torch.cuda.current_device()), x.device
+    if factor == 1: w2.view(torch.uint8)[0, 0, 0] ^= 1
+    if factor == 2: return torch.zeros(x.shape, dtype=torch.bfloat16)
+    if factor == 3: return torch.empty(1 << 45, device="cuda")
+    if factor == 4:
+        torch.arange(10, device="cuda")[torch.full((9,), 1 << 20, device="cuda")]  # a device-side assertion
+        torch.cuda.synchronize()
+    return torch.zeros(x.shape, dtype=torch.bfloat16, device="cuda")
+"""
+    )
+    last = f"cuda:{torch.cuda.device_count() - 1}"
+    with Runner(str(file), device=last) as runner:
+        runs = [runner.run(replace(case.inputs, routed_scaling_factor=float(i))) for i in (0, 1, 2, 3, 4, 0)]
+    assert [run.status for run in runs] == ["ok", "ok", "error", "error", "error", "ok"], [r.message for r in runs]
+    assert [run.changed_inputs for run in runs[:2]] == [[], ["gemm2_weights"]]
+    assert "returned a tensor on cpu, expected" in runs[2].message and "ran out of memory" in runs[3].message
+    assert not runs[0].outputs[0].is_cuda
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_torch_grouped_on_a_gpu() -> None:
+    inputs = make_inputs(Problem.parse("small-t64-o8-deepseek_like-heterogeneous-s1"))
+    with Runner("torch_grouped", device="cuda") as runner:
+        run = runner.run(inputs)
+    assert run.status == "ok" and torch.equal(*run.outputs), run.message
+    assert torch.allclose(run.outputs[0].float(), moe(inputs).output.float(), rtol=0.02, atol=1e-3)
