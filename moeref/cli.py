@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -67,6 +68,9 @@ def verify(
     isolate: Annotated[
         bool, typer.Option("--isolate/--no-isolate", help="Run the candidate in a process of its own.")
     ] = True,
+    diagnose: Annotated[
+        bool, typer.Option("--diagnose", help="Run the laws and read-outs too; --small does so by itself.")
+    ] = False,
     json: Annotated[Path | None, typer.Option(help="Write everything measured to this file.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
@@ -78,18 +82,22 @@ def verify(
     if json is not None and not json.parent.is_dir():
         _usage(f"--json {json}: the folder {json.parent} does not exist")
     with _reported(debug):
+        from moeref.suites import DIAGNOSIS
         from moeref.verify import Options
 
         device = _device(device)
         problems, left_out = _problems(workloads, problem or [], small, everything, values, seed, device)
         _check_kinds([one for _, one in problems])
         options = Options(device, recipe, preset, criterion == "matched-ratio", trials, timeout, isolate)
-        raise typer.Exit(_verify(candidate, problems, left_out, options, json, debug))
+        probed = [Problem.parse(name) for name in DIAGNOSIS] if small or (diagnose and not problem) else []
+        probed += [Problem.parse(name) for name in problem or []] if diagnose else []
+        raise typer.Exit(_verify(candidate, problems, probed, left_out, options, json, debug))
 
 
 def _verify(
     candidate: str,
     problems: list[tuple[str, Problem]],
+    probed: list[Problem],
     left_out: list[str],
     options: Options,
     json: Path | None,
@@ -97,7 +105,7 @@ def _verify(
 ) -> int:
     from moeref.interop.candidates import load
     from moeref.report import machine, text
-    from moeref.verify import verify
+    from moeref.verify import diagnose, verify
 
     if not options.isolate:
         load(candidate)  # a wrong name is a usage error, said before anything is computed
@@ -117,15 +125,23 @@ def _verify(
                 console.print(outcome.traceback, markup=False)
             following = problems[len(outcomes)][0] if len(outcomes) < len(problems) else ""
             progress.update(task, advance=1, description=following)
+        found = []
+        if probed:
+            progress.update(task, description="laws and read-outs")
+            for diagnosis in diagnose(candidate, probed, options):
+                found.append(diagnosis)
+                console.print(text.diagnosis_line(diagnosis), style=text.STYLES[diagnosis.status], markup=False)
+                if diagnosis.status == "FAIL":
+                    console.print(f"    repeat: {diagnosis.repeat}", markup=False)
     console.print()
-    for one in text.summary(outcomes, candidate):
+    for one in text.summary(outcomes, candidate, found):
         console.print(one, markup=False)
     if left_out:
         console.print(f"left for --all: {', '.join(left_out)}", markup=False)
     if json is not None:
-        machine.write(json, outcomes, candidate, left_out)
+        machine.write(json, outcomes, found, candidate, left_out)
         console.print(f"written: {json}", markup=False)
-    return exit_code([outcome.verdict.status for outcome in outcomes])
+    return exit_code([o.verdict.status for o in outcomes] + [d.status for d in found if d.status == "FAIL"])
 
 
 def exit_code(statuses: list[str]) -> int:
@@ -335,6 +351,8 @@ def _progress(console: Console) -> Progress:
 
 def main() -> None:
     """Entry point of the `moeref` command."""
+    # Judge and candidate take turns in two processes: threads that spin while they wait would slow the other one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app(prog_name="moeref")
 
 

@@ -9,10 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
+from moeref.diagnose.laws import run_laws
+from moeref.diagnose.readout import run_readouts
+from moeref.diagnose.result import Finding
+from moeref.interop.isolated_call import IsolatedCall
 from moeref.interop.runner import CandidateRun, Runner
 from moeref.interop.shared_inputs import SharedInputs
 from moeref.judge.compare import CRITERIA
-from moeref.judge.verdict import AUTO, ERROR, Figures, Verdict, judge
+from moeref.judge.verdict import AUTO, ERROR, FAIL, INCONCLUSIVE, PASS, Figures, Verdict, judge
 from moeref.make import make_inputs
 from moeref.reference import moe
 from moeref.spec import Problem, Recipe, SpecError
@@ -95,6 +99,39 @@ def judge_one(runner: Runner, candidate: str, label: str, problem: Problem, opti
         repeat=options.repeat(candidate, problem),
         traceback=run.traceback if run else "",
     )
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What one law or read-out saw."""
+
+    kind: str  # 'law' or 'readout'
+    finding: Finding
+    repeat: str
+
+    @property
+    def status(self) -> str:
+        """PASS, FAIL, or INCONCLUSIVE where it does not apply."""
+        return {True: PASS, False: FAIL, None: INCONCLUSIVE}[self.finding.passed]
+
+
+def diagnose(candidate: str, problems: Sequence[Problem], options: Options) -> Iterator[Diagnosis]:
+    """Laws and read-outs of `candidate` at each problem's geometry, offset, factor and seed, in the order they ran.
+
+    Yields nothing for a candidate that does not run there: `verify` says why. Raises as verify.
+    """
+    with Runner(candidate, device=options.device, timeout=options.timeout, isolate=options.isolate) as runner:
+        for problem in problems:
+            first = runner.run(make_inputs(problem))
+            if first.status != "ok":
+                continue
+            call = IsolatedCall(runner)
+            recipe = first.recipe if options.recipe == AUTO else options.recipe
+            repeat = options.repeat(candidate, problem) + " --diagnose"
+            laws = run_laws(call, problem, device=options.device, recipe=recipe, deterministic=first.deterministic)
+            yield from (Diagnosis("law", finding, repeat) for finding in laws)
+            readouts = run_readouts(call, problem, device=options.device)
+            yield from (Diagnosis("readout", finding, repeat) for finding in readouts)
 
 
 def _one(runner: Runner, problem: Problem, options: Options) -> tuple[Verdict, CandidateRun | None]:

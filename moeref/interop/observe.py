@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ import torch
 from moeref.inputs import Inputs
 from moeref.interop.candidates import Candidate
 from moeref.interop.shared_inputs import Opened, written_to
-from moeref.judge.checks import POISONS
 from moeref.reference import Trace
 
 LARGEST_OUTPUT = 16
@@ -78,12 +77,15 @@ def observe(
     candidate: Candidate,
     opened: Opened,
     device: torch.device,
-    trials: int,
+    poisons: Sequence[float],
     keep: Callable[[torch.Tensor], torch.Tensor],
     announce: Callable[[str], None] = lambda stage: None,
+    then: Opened | None = None,
 ) -> CandidateRun:
-    """Call the candidate twice a trial on the opened inputs, moved to `device`, and record what it does.
+    """Call the candidate once for each of `poisons` on the opened inputs, moved to `device`; record what it does.
 
+    poisons    what an output buffer holds before each call.
+    then       other inputs of the same shapes: copied over the first ones, in place, after the first call.
     keep       makes the CPU copy of an output at once: a later call may overwrite the original.
     announce   is told each stage: 'preparing', 'call N', 'checking call N'.
     Raises nothing that the candidate raises; KeyboardInterrupt passes.
@@ -109,9 +111,9 @@ def observe(
         run.poisoned = candidate.output_argument is not None
         if device.type == "cuda":
             with torch.cuda.device(device):
-                _calls(candidate, opened, device, trials, keep, enter, run)
+                _calls(candidate, opened, device, poisons, keep, enter, run, then)
         else:
-            _calls(candidate, opened, device, trials, keep, enter, run)
+            _calls(candidate, opened, device, poisons, keep, enter, run, then)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit and whatever else a candidate may throw
@@ -123,18 +125,21 @@ def _calls(
     candidate: Candidate,
     opened: Opened,
     device: torch.device,
-    trials: int,
+    poisons: Sequence[float],
     keep: Callable[[torch.Tensor], torch.Tensor],
     enter: Callable[[str], None],
     run: CandidateRun,
+    then: Opened | None,
 ) -> None:
     on_cpu = device.type == "cpu"
     inputs = opened.inputs if on_cpu else opened.inputs.to(device)
     pristine = opened.pristine if on_cpu else inputs.map(torch.clone)
     previous: tuple[torch.Tensor, torch.Tensor] | None = None  # the last result and the copy made of it at once
-    for call in range(2 * trials):
+    for call, poison in enumerate(poisons):
+        if call == 1 and then is not None:
+            inputs, pristine = _refilled(inputs, then), then.pristine if on_cpu else then.inputs.to(device)
         enter(f"call {call + 1}")
-        result = _call(candidate, inputs, POISONS[call % len(POISONS)], device, run)
+        result = _call(candidate, inputs, poison, device, run)
         enter(f"checking call {call + 1}")
         for name in _overlapping(result, inputs):
             _add(run.aliased_inputs, name)
@@ -150,6 +155,17 @@ def _calls(
             first, copy = previous
             run.overwritten_result |= _share_memory(first, result) or not _same_bytes(first.cpu(), copy)
         previous = result, kept
+
+
+def _refilled(inputs: Inputs, then: Opened) -> Inputs:
+    """`then` in the memory of `inputs`: what a server does whose buffers stay where they are."""
+    for name, tensor in then.pristine.tensors().items():
+        getattr(inputs, name).view(torch.uint8).copy_(tensor.view(torch.uint8))
+    return replace(
+        inputs,
+        local_expert_offset=then.inputs.local_expert_offset,
+        routed_scaling_factor=then.inputs.routed_scaling_factor,
+    )
 
 
 def _call(candidate: Candidate, inputs: Inputs, poison: float, device: torch.device, run: CandidateRun) -> torch.Tensor:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from moeref.inputs import Inputs
 from moeref.interop.candidates import Candidate, CandidateBroken, CandidateError, load, locate
 from moeref.interop.observe import CandidateRun, observe
 from moeref.interop.shared_inputs import Description, Place, SharedFile, SharedInputs, open_shared
+from moeref.judge.checks import POISONS
 
 __all__ = ["CandidateRun", "Runner"]
 
@@ -85,33 +87,52 @@ class Runner:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
-    def run(self, inputs: Description | Inputs, *, trials: int = 1) -> CandidateRun:
-        """Call the candidate twice a trial on one problem's inputs.
+    def run(
+        self,
+        inputs: Description | Inputs,
+        *,
+        trials: int = 1,
+        poisons: Sequence[float] = POISONS,
+        then: Inputs | None = None,
+    ) -> CandidateRun:
+        """Call the candidate on one problem's inputs: `trials` times once for each of `poisons`.
 
+        poisons   what an output buffer holds before each call.
+        then      inputs of the same shapes, copied over the first ones in place after the first call.
         A Description (SharedInputs.describe) is mapped without a copy; Inputs are copied. Nothing that the candidate
         does is raised: it stands in the result.
         """
-        if isinstance(inputs, Inputs):
-            with SharedInputs() as shared:
-                return self.run(shared.describe(inputs), trials=trials)
         if self._unloadable is not None:
             return self._unloadable
-        return self._isolated(inputs, trials) if self.isolate else self._in_process(inputs, trials)
+        with SharedInputs() as shared:
+            first = shared.describe(inputs) if isinstance(inputs, Inputs) else inputs
+            second = None if then is None else shared.describe(then)
+            calls = list(poisons) * trials
+            if self.isolate:
+                return self._isolated(first, second, calls)
+            return self._in_process(first, second, calls)
 
     # ---- in this process
 
-    def _in_process(self, inputs: Description, trials: int) -> CandidateRun:
+    def _in_process(self, inputs: Description, then: Description | None, poisons: list[float]) -> CandidateRun:
         if self._loaded is None:
             try:
                 self._loaded = load(self.candidate, Path(self._scratch()))
             except CandidateBroken as error:
                 self._unloadable = CandidateRun("error", str(error), error.traceback)
                 return self._unloadable
-        return observe(self._loaded, open_shared(inputs), self.device, trials, lambda tensor: tensor.cpu().clone())
+        return observe(
+            self._loaded,
+            open_shared(inputs),
+            self.device,
+            poisons,
+            lambda tensor: tensor.cpu().clone(),
+            then=None if then is None else open_shared(then),
+        )
 
     # ---- in a worker
 
-    def _isolated(self, inputs: Description, trials: int) -> CandidateRun:
+    def _isolated(self, inputs: Description, then: Description | None, poisons: list[float]) -> CandidateRun:
         outputs = SharedFile()
         doing = "starting its process"
         try:
@@ -126,7 +147,10 @@ class Runner:
                 doing = "importing the candidate"
                 self._load(worker)
             worker.printed = b""
-            worker.send({"do": "run", "inputs": inputs.to_json(), "trials": trials, "outputs": outputs.path})
+            command: dict[str, Any] = {"do": "run", "inputs": inputs.to_json(), "outputs": outputs.path}
+            command["then"] = None if then is None else then.to_json()
+            command["poisons"] = [str(poison) for poison in poisons]  # NaN is no JSON number
+            worker.send(command)
             doing = "preparing"
             while True:
                 limit = self.load_timeout

@@ -3,7 +3,7 @@
 It reads JSON lines from one private pipe and answers on another, so a candidate may print, or close its standard
 streams, as it likes. It ends with its whole process group when the command pipe closes: also when its parent dies.
 
-Commands: {"do": "load", "candidate", "folder", "device"} and {"do": "run", "inputs", "trials", "outputs"}.
+Commands: {"do": "load", "candidate", "folder", "device"} and {"do": "run", "inputs", "then", "poisons", "outputs"}.
 Replies: {"event": "ready"}, then to load {"event": "loaded"} or {"event": "refused" or "broken", "message", ...},
 to run {"event": "stage", "stage"} at each step and {"event": "done", "run", "outputs", "usable"}.
 """
@@ -73,9 +73,9 @@ def _run(
 ) -> CandidateRun:
     try:
         opened = open_shared(Description.from_json(command["inputs"]))
-        run = observe(
-            candidate, opened, device, command["trials"], writer.keep, lambda stage: reply("stage", stage=stage)
-        )
+        then = open_shared(Description.from_json(command["then"])) if command["then"] else None
+        poisons = [float(poison) for poison in command["poisons"]]  # 'nan' travels as text
+        run = observe(candidate, opened, device, poisons, writer.keep, lambda stage: reply("stage", stage=stage), then)
     except BaseException as error:
         return failed(error, "opening the inputs", CandidateRun())
     if len(run.outputs) > len(writer.places):  # too large to keep: told by shape and dtype

@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
-from moeref.verify import Outcome
+from moeref.verify import Diagnosis, Outcome
 
 SCHEMA = 1
 
 
-def to_json(outcomes: Sequence[Outcome], candidate: str, left_out: Sequence[str]) -> dict[str, Any]:
-    """{schema, candidate, environment, left_out, outcomes: [{label, problem, status, checks, figures, ...}]}."""
+def to_json(
+    outcomes: Sequence[Outcome], found: Sequence[Diagnosis], candidate: str, left_out: Sequence[str]
+) -> dict[str, Any]:
+    """{schema, candidate, environment, left_out, outcomes: [{problem, status, checks, ...}], diagnosis: [...]}."""
     return {
         "schema": SCHEMA,
         "candidate": candidate,
@@ -41,6 +43,9 @@ def to_json(outcomes: Sequence[Outcome], candidate: str, left_out: Sequence[str]
             }
             for outcome in outcomes
         ],
+        "diagnosis": [
+            {"kind": one.kind, "status": one.status, "repeat": one.repeat, **asdict(one.finding)} for one in found
+        ],
     }
 
 
@@ -52,9 +57,11 @@ def environment() -> dict[str, str]:
     return found
 
 
-def write(path: Path, outcomes: Sequence[Outcome], candidate: str, left_out: Sequence[str]) -> None:
+def write(
+    path: Path, outcomes: Sequence[Outcome], found: Sequence[Diagnosis], candidate: str, left_out: Sequence[str]
+) -> None:
     """Write `to_json` to a file. Infinite figures are written as strings, since JSON has none."""
-    path.write_text(json.dumps(_plain(to_json(outcomes, candidate, left_out)), indent=1, allow_nan=False) + "\n")
+    path.write_text(json.dumps(_plain(to_json(outcomes, found, candidate, left_out)), indent=1, allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:

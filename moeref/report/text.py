@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from moeref.judge.verdict import ERROR, FAIL, INCONCLUSIVE, PASS, UNSUPPORTED
-from moeref.verify import Outcome
+from moeref.verify import Diagnosis, Outcome
 
 STYLES = {PASS: "green", FAIL: "bold red", ERROR: "bold magenta", UNSUPPORTED: "yellow", INCONCLUSIVE: "yellow"}
 REASON_LENGTH = 700  # characters of a reason on the terminal; --json holds all of it
@@ -53,7 +53,15 @@ def reasons(outcome: Outcome) -> list[str]:
     return lines
 
 
-def summary(outcomes: Sequence[Outcome], candidate: str) -> list[str]:
+def diagnosis_line(diagnosis: Diagnosis) -> str:
+    """One line for a law or read-out: its name, status, and what was seen where it did not pass."""
+    finding = diagnosis.finding
+    detail = "" if finding.passed else finding.detail
+    suspects = f" [suspect: {', '.join(finding.suspects)}]" if finding.passed is False and finding.suspects else ""
+    return f"{diagnosis.kind + ' ' + finding.name:<36} {diagnosis.status:<12} {detail}{suspects}".rstrip()
+
+
+def summary(outcomes: Sequence[Outcome], candidate: str, found: Sequence[Diagnosis] = ()) -> list[str]:
     """Counts by status, the recipes judged under, and what was really tested."""
     counts = Counter(outcome.verdict.status for outcome in outcomes)
     shown = ", ".join(f"{counts[status]} {status}" for status in STYLES if counts[status])
@@ -71,6 +79,13 @@ def summary(outcomes: Sequence[Outcome], candidate: str) -> list[str]:
         f"{sum(f.local_rows for f in judged)} local rows, {sum(f.experts_hit for f in judged)} expert runs "
         f"in {len(judged)} problems"
     )
+    if found:
+        seen = Counter(one.status for one in found)
+        lines.append(
+            f"laws and read-outs: {seen[PASS]} of {len(found)} hold"
+            + (f", {seen[FAIL]} broken" if seen[FAIL] else "")
+            + (f", {seen[INCONCLUSIVE]} do not apply" if seen[INCONCLUSIVE] else "")
+        )
     tossed = sum(f.ambiguous_tokens for f in judged)
     if tossed:
         other = sum(f.other_choice_tokens for f in judged)
