@@ -1,0 +1,67 @@
+"""Combine in CUDA C++: as `combine`, for gemm2_out in bfloat16 too, one CTA a token."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from moe_fast.kernels.cuda_build import load
+
+THREADS = 224
+
+
+class Params(ctypes.Structure):
+    """Params of combine.cu."""
+
+    _fields_ = (
+        ("gemm2_out", ctypes.c_void_p),
+        ("topk_weights", ctypes.c_void_p),
+        ("token_rows", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
+        ("hidden", ctypes.c_int),
+        ("unused", ctypes.c_int),
+    )
+
+
+def defines(top_k: int, wide: bool) -> tuple[tuple[str, int], ...]:
+    """What a variant of combine.cu is compiled with."""
+    return (("TOP_K", top_k), ("WIDE", int(wide)))
+
+
+def combine(
+    gemm2_out: torch.Tensor,
+    topk_weights: torch.Tensor,
+    token_rows: torch.Tensor,
+    output: torch.Tensor,
+    pdl: bool = False,
+) -> None:
+    """Fill output [T, H] bfloat16: the float32 sum, ascending by expert, of topk_weights times rows; else exact zeros.
+
+    gemm2_out [P, H] bfloat16 or float32, topk_weights [T, K] float32, token_rows [T, K] int32, -1 where a choice is
+    not local.
+    """
+    tokens, hidden = output.shape
+    if tokens == 0:
+        return
+    params = Params(gemm2_out.data_ptr(), topk_weights.data_ptr(), token_rows.data_ptr(), output.data_ptr(), hidden, 0)
+    variant = defines(topk_weights.shape[1], gemm2_out.dtype == torch.float32)
+    kernel = load("combine.cu", variant, "combine_kernel", THREADS, 0, output.device.index or 0)
+    kernel.launch(tokens, (params,), torch.cuda.current_stream(output.device).cuda_stream, pdl)
+
+
+def combine_torch(
+    gemm2_out: torch.Tensor,
+    topk_weights: torch.Tensor,
+    token_rows: torch.Tensor,
+    output: torch.Tensor,
+    pdl: bool = False,
+) -> None:
+    """Twin of `combine`."""
+    acc = torch.zeros(output.shape, device=output.device)
+    rows, order = torch.sort(token_rows, dim=-1)  # absent ones, -1, first
+    weights = topk_weights.gather(1, order)
+    for slot in range(rows.shape[1]):
+        present = rows[:, slot] >= 0
+        acc[present] += weights[present, slot, None] * gemm2_out[rows[present, slot].long()].float()
+    output.copy_(acc)
