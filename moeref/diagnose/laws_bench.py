@@ -3,7 +3,8 @@
 Three grades of strictness:
 
 BITS    The two calls have the same shapes and take the same path, and every rounding acts on the same number, or on
-        that number times a power of two. A candidate that repeats bit for bit must give equal bits.
+        that number times a power of two. A candidate that repeats bit for bit must give equal bits. Without a promise
+        of that, a difference that ORDER allows is let go in up to FEW_ROWS rows (see there).
 ORDER   The same roundings act on the same numbers, but a row may stand elsewhere in a tile, so float32 sums may be
         added in another order. Equal bits pass. Otherwise the difference is held to ORDER_Z (derived there).
         A candidate that does not repeat bit for bit (atomic additions) has this freedom everywhere.
@@ -24,7 +25,7 @@ import torch
 from moeref.diagnose.result import Finding, Guarded
 from moeref.inputs import Inputs
 from moeref.judge.noise import Fit, Noise, fit, output_noise
-from moeref.judge.recipes import nearest_recipes
+from moeref.judge.recipes import emulate, nearest_recipes
 from moeref.judge.ties import ambiguous_tokens
 from moeref.make import make_inputs
 from moeref.reference import Trace, moe, permute, route
@@ -42,6 +43,17 @@ terms differ by about 2**-20 of their size, and u is at least 2**-4 of it for e4
 stays below 6 * 2**-12 and z below 0.04. Even accumulators of 13 fraction bits, if their order differed, would give
 6 * 2**-13 * 2**4 for e4m3 and 6 * 2**-13 * 2**8 = 0.19 for bfloat16: z = 0.43. Faults that pick a wrong row, scale or
 expert are of size 1 and more, and so is a cast with a scale that depends on other rows."""
+
+FEW_ROWS = 3
+"""Rows that may differ, as ORDER allows, though a candidate that promised nothing has repeated bit for bit so far.
+
+Atomic additions change a bfloat16 number only where the sum lies next to the middle of two, so at small sizes most
+calls agree. If a call changes l rows on average, three agree with probability exp(-3 l); before a difference counts,
+MORE further calls are compared, so all agree with exp(-11 l). Two calls differ in more than three rows with about
+(2 l)**4 / 24: together at most 1e-4 a comparison, at l near 1/3. A fault that changes so few rows by so little as ORDER
+allows is below every other check as well."""
+
+MORE = 8
 
 MAX_BYTES = 2 << 30  # of weights drawn for every local expert; beyond, only those of experts that are hit
 
@@ -142,7 +154,12 @@ class Bench:
     @cached_property
     def repeats(self) -> bool:
         """Whether the candidate repeated bit for bit."""
-        return all(torch.equal(self.answer.nan_to_num(), other.nan_to_num()) for other in self.answers[1:])
+        return all(_equal(self.answer, other) for other in self.answers[1:])
+
+    @cached_property
+    def repeats_long(self) -> bool:
+        """The same for MORE further calls."""
+        return all(_equal(self.answer, self.call(self.inputs)) for _ in range(MORE))
 
     @cached_property
     def trace(self) -> Trace:
@@ -158,7 +175,7 @@ class Bench:
         if self._recipe != "auto":
             return Recipe.parse(self._recipe)
         active = active_tokens(self.inputs)
-        found = nearest_recipes(self.answer, self.trace, self.inputs, active)[0].recipe
+        found = nearest_recipes(self.answer, emulate(self.trace, self.inputs, active))[0].recipe
         if not found.requantize:
             noise = output_noise(self.trace, self.inputs, found)
             if not fit(self.answer, self.trace, noise, active).passed:
@@ -193,13 +210,19 @@ class Bench:
             return Finding(name, False, f"{where}; NaN or inf among them", stages, exact=False)
         if name in self.inexact:
             grade = NOISE
-        elif grade == BITS and not self.repeats:
+        elif grade == BITS and not (self.repeats and self.__dict__.get("repeats_long", True)):
             grade = ORDER
-        if grade == BITS:
-            return Finding(name, False, f"{where}, where equal bits are due", stages, exact=False)
+        due = Finding(name, False, f"{where}, where equal bits are due", stages, exact=False)
+        if grade == BITS and self.deterministic:
+            return due
         inputs = self.inputs if inputs is None else inputs
         tokens = torch.arange(len(got), device=got.device) if tokens is None else tokens
-        return self._judge_difference(name, got, want, grade, inputs, tokens, where)
+        loose = NOISE if grade == NOISE else ORDER
+        finding = self._judge_difference(name, got, want, loose, inputs, tokens, where)
+        if grade != BITS:
+            return finding
+        let_go = finding.passed and (len(rows) <= FEW_ROWS or not self.repeats_long)
+        return finding if let_go else replace(due, z=finding.z)
 
     def _judge_difference(
         self,
@@ -226,6 +249,11 @@ class Bench:
         if not found.rows.passed:
             detail += f"; the worst row is {found.rows.value:.3g} times its limit"
         return Finding(name, passed, detail, () if passed else stages, exact=False, z=z)
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal values; NaN equals NaN."""
+    return bool(((one == other) | (torch.isnan(one) & torch.isnan(other))).all())
 
 
 def active_tokens(inputs: Inputs) -> torch.Tensor:

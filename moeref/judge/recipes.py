@@ -31,11 +31,18 @@ class Nearest:
     distance: float
 
 
-def nearest_recipes(output: torch.Tensor, trace: Trace, inputs: Inputs, active: torch.Tensor) -> list[Nearest]:
-    """All legal recipes, nearest first. output [T, H]; trace: exact, same inputs; active: int64 [n], n > 0, ascending.
+@dataclass(frozen=True)
+class Emulations:
+    """A sample of tokens under every legal recipe; nothing of it depends on a candidate."""
 
-    Each recipe is run through the reference's stages from gemm1's exact result on, for at most SAMPLE active tokens
-    spread over the batch. A median over rows is used, so that some wrong rows do not decide.
+    sample: torch.Tensor  # int64 [n] active tokens, ascending
+    outputs: tuple[torch.Tensor, ...]  # [n, H] bfloat16 each, in the order of LEGAL
+
+
+def emulate(trace: Trace, inputs: Inputs, active: torch.Tensor) -> Emulations:
+    """Run each recipe through the reference's stages from gemm1's exact result on. active: int64 [n], n > 0, ascending.
+
+    At most SAMPLE active tokens are taken, spread over the batch. Every weight is dequantised once for all recipes.
     """
     picks = torch.linspace(0, len(active) - 1, min(SAMPLE, len(active)), device=active.device).round().long()
     sample = active[picks]
@@ -45,19 +52,27 @@ def nearest_recipes(output: torch.Tensor, trace: Trace, inputs: Inputs, active: 
     read = [requantize(swiglu(_round_gemm1(gemm1_out, recipe), recipe), recipe) for recipe in variants]
     results = _gemm2_stacked(read, inputs, trace.permutation, rows)
     permutation = _subset(trace.permutation, rows)
-    found = []
+    outputs = []
     for recipe in LEGAL:
         weights = trace.routing.topk_weights
         if recipe.topk_weights == "bf16":
             weights = weights.to(torch.bfloat16).float()
-        routing = Routing(trace.routing.topk_ids, weights, trace.routing.expert_margin, trace.routing.group_margin)
-        emulated = _combine_sample(
-            results[variants.index(replace(recipe, topk_weights="fp32"))], routing, permutation, sample
-        )
-        errors = row_errors(output[sample], emulated.to(torch.bfloat16)).nan_to_num(nan=torch.inf)
-        found.append(Nearest(recipe, float(errors.median())))
+        result = results[variants.index(replace(recipe, topk_weights="fp32"))]
+        emulated = _combine_sample(result, replace(trace.routing, topk_weights=weights), permutation, sample)
+        outputs.append(emulated.to(torch.bfloat16))
+    return Emulations(sample, tuple(outputs))
+
+
+def nearest_recipes(output: torch.Tensor, emulations: Emulations) -> list[Nearest]:
+    """All legal recipes, nearest first. output: [T, H].
+
+    A median over the sample's rows is used, so that some wrong rows do not decide.
+    """
+    taken = output[emulations.sample]
     ranked: list[Nearest] = []
-    for one in found:  # plainer recipes come first in LEGAL: stay before those that are not clearly nearer
+    for recipe, emulated in zip(LEGAL, emulations.outputs, strict=True):
+        one = Nearest(recipe, float(row_errors(taken, emulated).nan_to_num(nan=torch.inf).median()))
+        # plainer recipes come first in LEGAL: they stay before those that are not clearly nearer
         place = next((i for i, other in enumerate(ranked) if one.distance < TIE * other.distance), len(ranked))
         ranked.insert(place, one)
     return ranked

@@ -6,7 +6,7 @@ import torch
 
 from moeref.inputs import Inputs
 from moeref.judge.compare import row_errors
-from moeref.reference import NORMALISER_EPSILON, Routing, Trace, experts, route
+from moeref.reference import NORMALISER_EPSILON, Routing, Trace, experts
 from moeref.spec import Geometry
 
 MARGIN_ULPS = 8
@@ -51,30 +51,26 @@ def adopt(inputs: Inputs, trace: Trace, output: torch.Tensor) -> tuple[Trace, in
 def other_choices(inputs: Inputs, geometry: Geometry) -> list[Routing]:
     """Other admissible routings of these (ambiguous) tokens.
 
-    Ties to the higher id; the other side of the expert cut; of the group cut; of both. A routing may repeat the
-    first choice where that cut is clear.
+    Ties to the higher id, among experts, among groups, or both; the other side of the expert cut, of the group cut, or
+    of both. A routing may repeat the first choice where that cut is clear.
     """
-    reversed_ids = _reversed(inputs, geometry)
     scores = torch.sigmoid(inputs.routing_logits)
     biased = scores + inputs.routing_bias.float()
     grouped = biased.view(len(biased), geometry.n_group, geometry.group_size)
     group_score = grouped.topk(min(2, geometry.group_size), dim=-1).values.sum(-1)
-    groups = torch.sort(group_score, dim=-1, descending=True, stable=True).indices
-    found = [_weigh(reversed_ids, scores, inputs)]
-    for group_swap, expert_swap in ((False, True), (True, False), (True, True)):
-        order = _swap_at(groups, geometry.topk_group) if group_swap else groups
-        kept = torch.zeros_like(group_score, dtype=torch.bool).scatter_(1, order[:, : geometry.topk_group], True)
+
+    def orders(values: torch.Tensor, count: int) -> list[torch.Tensor]:
+        """Ids by falling value: the lower first among equals; the higher first; the two at the cut exchanged."""
+        lower = torch.sort(values, dim=-1, descending=True, stable=True).indices
+        turned = torch.sort(values.flip(1), dim=-1, descending=True, stable=True).indices
+        return [order[:, :count] for order in (lower, values.shape[1] - 1 - turned, _swap_at(lower, count))]
+
+    found = []
+    for groups in orders(group_score, geometry.topk_group):
+        kept = torch.zeros_like(group_score, dtype=torch.bool).scatter_(1, groups, True)
         masked = grouped.masked_fill(~kept.unsqueeze(-1), torch.finfo(torch.float32).min).flatten(1)
-        ids = torch.sort(masked, dim=-1, descending=True, stable=True).indices
-        ids = _swap_at(ids, geometry.top_k) if expert_swap else ids
-        found.append(_weigh(ids[:, : geometry.top_k], scores, inputs))
-    return found
-
-
-def _reversed(inputs: Inputs, geometry: Geometry) -> torch.Tensor:
-    """topk_ids [T, K] when the higher id wins among equals, for groups and for experts: route with ids turned round."""
-    turned = route(inputs.routing_logits.flip(1), inputs.routing_bias.flip(0), geometry, 1.0)
-    return geometry.num_experts - 1 - turned.topk_ids
+        found += [_weigh(ids, scores, inputs) for ids in orders(masked, geometry.top_k)]
+    return found[1:]  # the first one is the reference's own
 
 
 def _swap_at(order: torch.Tensor, count: int) -> torch.Tensor:

@@ -12,8 +12,8 @@ from moeref.inputs import Inputs
 from moeref.judge import checks
 from moeref.judge.checks import Check
 from moeref.judge.compare import CRITERIA, Criterion, matched_per_token, row_errors
-from moeref.judge.noise import Fit, fit, output_noise
-from moeref.judge.recipes import nearest_recipes
+from moeref.judge.noise import Fit, Noise, fit, output_noise
+from moeref.judge.recipes import Emulations, emulate, nearest_recipes
 from moeref.judge.ties import adopt
 from moeref.reference import Trace
 from moeref.spec import Recipe
@@ -74,6 +74,29 @@ class Verdict:
         return tuple(check.name for check in self.checks if check.passed is False)
 
 
+class Known:
+    """What judging one problem needs of its reference, computed once, whoever is judged."""
+
+    def __init__(self, trace: Trace, inputs: Inputs) -> None:
+        self.trace = trace
+        self.inputs = inputs
+        self.active = torch.unique(trace.permutation.permuted_idx_to_token_idx)  # int64, ascending
+        self._noise: dict[Recipe, Noise] = {}
+        self._emulations: Emulations | None = None
+
+    def noise(self, recipe: Recipe) -> Noise:
+        """The recipe's noise around the trace."""
+        if recipe not in self._noise:
+            self._noise[recipe] = output_noise(self.trace, self.inputs, recipe)
+        return self._noise[recipe]
+
+    def emulations(self) -> Emulations:
+        """A sample under every legal recipe; needs an active token."""
+        if self._emulations is None:
+            self._emulations = emulate(self.trace, self.inputs, self.active)
+        return self._emulations
+
+
 def judge(
     problem: str,
     inputs: Inputs,
@@ -82,11 +105,13 @@ def judge(
     recipe: str = AUTO,
     criterion: Criterion = CRITERIA["published"],
     matched_ratio_alone: bool = False,
+    known: Known | None = None,
 ) -> Verdict:
     """Judge what a candidate did with `inputs` (CPU or GPU), given the exact float32 reference trace of them.
 
     recipe: a recipe's name, or 'auto' to find the nearest legal one. matched_ratio_alone: decide by form, finiteness
-    and `criterion` as the published evaluator does, and list in `missed` what else failed.
+    and `criterion` as the published evaluator does, and list in `missed` what else failed. known: of the same trace and
+    inputs, kept by a caller who judges many candidates on one problem.
     """
     base = _base(inputs, trace)
     if observed.status != "ok":
@@ -102,7 +127,9 @@ def judge(
         return _conclude(problem, found, "", False, base, matched_ratio_alone)
     outputs = _different(observed.outputs, trace.unrounded.device)
     trace, ambiguous, other = adopt(inputs, trace, outputs[0])
-    active = torch.unique(trace.permutation.permuted_idx_to_token_idx)
+    if known is None or known.trace is not trace:
+        known = Known(trace, inputs)
+    active = known.active
     found += checks.written(observed)
     found += checks.repeated(observed)
     found += checks.content(outputs, active)
@@ -111,7 +138,7 @@ def judge(
     found.append(checks.matched(measured.matched[criterion.name], criterion))
     name, was_found = "", False
     if len(active):
-        name, was_found, fits = _fit_recipe(outputs, trace, inputs, active, recipe)
+        name, was_found, fits = _fit_recipe(outputs, known, recipe)
         worst = max(fits, key=lambda one: (not one.passed, one.rows.value))
         found += checks.noise(worst, name)
         measured = replace(measured, noise_z=worst.overall.value)
@@ -216,9 +243,7 @@ def _measure(
     return measured
 
 
-def _fit_recipe(
-    outputs: list[torch.Tensor], trace: Trace, inputs: Inputs, active: torch.Tensor, recipe: str
-) -> tuple[str, bool, list[Fit]]:
+def _fit_recipe(outputs: list[torch.Tensor], known: Known, recipe: str) -> tuple[str, bool, list[Fit]]:
     """(recipe judged under, whether it was found, the fit of each output).
 
     'auto' takes the recipe whose emulation lies nearest. Where the output does not fit that one, it may still be an
@@ -227,12 +252,11 @@ def _fit_recipe(
     """
 
     def fits(one: Recipe) -> list[Fit]:
-        noise = output_noise(trace, inputs, one)
-        return [fit(output, trace, noise, active) for output in outputs]
+        return [fit(output, known.trace, known.noise(one), known.active) for output in outputs]
 
     if recipe != AUTO:
         return Recipe.parse(recipe).name, False, fits(Recipe.parse(recipe))
-    nearest = nearest_recipes(outputs[0], trace, inputs, active)[0].recipe
+    nearest = nearest_recipes(outputs[0], known.emulations())[0].recipe
     first = fits(nearest)
     if nearest.requantize == 0 and not all(one.passed for one in first):
         own_way = Recipe(requantize=1)
