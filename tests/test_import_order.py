@@ -22,6 +22,7 @@ LAYERS = [
     ["diagnose", "interop"],
     ["verify"],
     ["golden", "bench", "report", "testing"],
+    ["commands"],
     ["cli"],
     ["__main__"],
 ]
@@ -31,8 +32,8 @@ LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 ONLY_IN = {
     "hypothesis": ("testing",),
     "pytest": ("testing",),
-    "typer": ("cli",),
-    "rich": ("cli", "report"),
+    "typer": ("cli", "commands"),
+    "rich": ("commands", "report"),
     "jinja2": ("report",),
     "matplotlib": ("report",),
     "safetensors": ("golden", "interop"),

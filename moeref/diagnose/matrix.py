@@ -193,3 +193,9 @@ def lines(rows: Sequence[Row], write: Callable[[str], None]) -> None:
     write(f"false alarms on legal variants: {len(found.false_alarms)} of {found.variants}")
     if found.survivors:
         write(f"not killed: {', '.join(found.survivors)}")
+
+
+def to_json(rows: Sequence[Row]) -> dict[str, Any]:
+    """{rows: [{name, stage, source, checks, rivals, details}], totals: {...}}."""
+    plain = [{**vars(row), "checks": sorted(row.checks), "rivals": sorted(row.rivals)} for row in rows]
+    return {"rows": plain, "totals": vars(totals(rows))}

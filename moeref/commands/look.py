@@ -1,0 +1,37 @@
+"""`moeref show` and `moeref backends`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moeref.commands.common import (
+    Debug,
+    reported,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+def show(
+    problem: Annotated[str, typer.Argument(help="A problem's printed name, or the start of a published uuid.")],
+    debug: Debug = False,
+) -> None:
+    """What a problem is: shapes, bytes, experts hit, FLOPs, and the least time a card needs."""
+    with reported(debug):
+        from moeref.report.show import describe
+
+        for one in describe(problem):
+            typer.echo(one)
+
+
+def backends(debug: Debug = False) -> None:
+    """Every candidate known by name, and why one can't run here."""
+    with reported(debug):
+        from moeref.interop.candidates import known
+        from moeref.report.show import backend_lines
+
+        for one in backend_lines(known()):
+            typer.echo(one)

@@ -1,0 +1,161 @@
+"""`moeref verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from moeref.commands.common import (
+    Debug,
+    Device,
+    Isolate,
+    exit_code,
+    progress_bar,
+    reported,
+    usable_device,
+    usage,
+)
+from moeref.spec import Problem, SpecError
+
+if TYPE_CHECKING:
+    from moeref.verify import Options, Outcome
+
+
+def verify(
+    candidate: Annotated[
+        str,
+        typer.Argument(
+            help="file.py:function, package.module:function, a name of `moeref backends`, or a solution.json"
+        ),
+    ] = "moe_fast",
+    workloads: Annotated[
+        str, typer.Option(help="Only these published workloads: uuid prefixes, comma-separated.")
+    ] = "",
+    problem: Annotated[
+        list[str] | None, typer.Option(help="A problem's printed name; may be given several times.")
+    ] = None,
+    small: Annotated[
+        bool, typer.Option("--small", help="The small suite: every routing and value kind, in seconds.")
+    ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="All 19 published workloads, the long ones too.")] = False,
+    values: Annotated[str, typer.Option(help="Value kind of the published workloads, e.g. model_like.")] = "published",
+    seed: Annotated[int, typer.Option(help="Seed of the published workloads and of the small suite.")] = 0,
+    device: Device = "auto",
+    recipe: Annotated[
+        str,
+        typer.Option(help="Judge under this recipe, e.g. requant; auto: the declared one, else found from the errors."),
+    ] = "auto",
+    criterion: Annotated[str, typer.Option(help="all: every check; matched-ratio: the published rule alone.")] = "all",
+    preset: Annotated[
+        str, typer.Option(help="Thresholds of the matched ratio: published, contest or default.")
+    ] = "published",
+    trials: Annotated[int, typer.Option(help="Run each problem this often; every output must pass.")] = 1,
+    timeout: Annotated[float, typer.Option(help="Seconds that one call may take.")] = 300.0,
+    isolate: Isolate = True,
+    diagnose: Annotated[
+        bool, typer.Option("--diagnose", help="Run the laws and read-outs too; --small does so by itself.")
+    ] = False,
+    json: Annotated[Path | None, typer.Option(help="Write everything measured to this file.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Judge a candidate on the published workloads, the small suite, or single problems."""
+    if criterion not in ("all", "matched-ratio"):
+        usage(f"--criterion {criterion}: expected all or matched-ratio")
+    if sum((bool(workloads), bool(problem), small, everything)) > 1:
+        usage("--workloads, --problem, --small and --all exclude each other: give one")
+    if json is not None and not json.parent.is_dir():
+        usage(f"--json {json}: the folder {json.parent} does not exist")
+    with reported(debug):
+        from moeref.suites import DIAGNOSIS
+        from moeref.verify import Options
+
+        device = usable_device(device)
+        problems, left_out = _problems(workloads, problem or [], small, everything, values, seed, device)
+        _check_kinds([one for _, one in problems])
+        options = Options(device, recipe, preset, criterion == "matched-ratio", trials, timeout, isolate)
+        probed = [Problem.parse(name) for name in DIAGNOSIS] if small or (diagnose and not problem) else []
+        probed += [Problem.parse(name) for name in problem or []] if diagnose else []
+        raise typer.Exit(_verify(candidate, problems, probed, left_out, options, json, debug))
+
+
+def _verify(
+    candidate: str,
+    problems: list[tuple[str, Problem]],
+    probed: list[Problem],
+    left_out: list[str],
+    options: Options,
+    json: Path | None,
+    debug: bool,
+) -> int:
+    from moeref.interop.candidates import load
+    from moeref.report import machine, text
+    from moeref.verify import diagnose, verify
+
+    if not options.isolate:
+        load(candidate)  # a wrong name is a usage error, said before anything is computed
+    console = Console(highlight=False, soft_wrap=True)
+    width = max([len(label) for label, _ in problems] + [len("problem")])
+    console.print(f"moeref verify {candidate} on {options.device}, {len(problems)} problems", markup=False)
+    console.print(text.header(width), style="bold", markup=False)
+    outcomes: list[Outcome] = []
+    with progress_bar(console) as progress:
+        task = progress.add_task(problems[0][0] if problems else "", total=len(problems))
+        for outcome in verify(candidate, problems, options):
+            outcomes.append(outcome)
+            console.print(text.line(outcome, width), style=text.STYLES[outcome.verdict.status], markup=False)
+            for reason in text.reasons(outcome):
+                console.print(reason, markup=False)
+            if debug and outcome.traceback:
+                console.print(outcome.traceback, markup=False)
+            following = problems[len(outcomes)][0] if len(outcomes) < len(problems) else ""
+            progress.update(task, advance=1, description=following)
+        found = []
+        if probed:
+            progress.update(task, description="laws and read-outs")
+            for diagnosis in diagnose(candidate, probed, options):
+                found.append(diagnosis)
+                console.print(text.diagnosis_line(diagnosis), style=text.STYLES[diagnosis.status], markup=False)
+                if diagnosis.status == "FAIL":
+                    console.print(f"    repeat: {diagnosis.repeat}", markup=False)
+    console.print()
+    for one in text.summary(outcomes, candidate, found):
+        console.print(one, markup=False)
+    if left_out:
+        console.print(f"left for --all: {', '.join(left_out)}", markup=False)
+    if json is not None:
+        machine.write(json, outcomes, found, candidate, left_out)
+        console.print(f"written: {json}", markup=False)
+    return exit_code([o.verdict.status for o in outcomes] + [d.status for d in found if d.status == "FAIL"])
+
+
+def _problems(
+    workloads: str, names: list[str], small: bool, everything: bool, values: str, seed: int, device: str
+) -> tuple[list[tuple[str, Problem]], list[str]]:
+    """((label, problem) to run, labels of published workloads left out)."""
+    from moeref.suites import published, small_suite
+    from moeref.workloads import find
+
+    if names:
+        return [(name, Problem.parse(name)) for name in names], []
+    if small:
+        return [(one.name, one) for one in small_suite(seed)], []
+    if workloads:
+        wanted = find([part.strip() for part in workloads.split(",") if part.strip()])
+        return [(w.short, w.problem(values, seed)) for w in wanted], []
+    chosen, left = published(device == "cpu", everything)
+    return [(w.short, w.problem(values, seed)) for w in chosen], [f"{w.short} (seq_len {w.seq_len})" for w in left]
+
+
+def _check_kinds(problems: list[Problem]) -> None:
+    """Raise SpecError for unknown kinds before the first problem runs."""
+    from moeref.routings import ROUTINGS
+    from moeref.values import VALUES
+
+    for problem in problems:
+        if problem.routing not in ROUTINGS:
+            raise SpecError(f"unknown routing kind '{problem.routing}': expected one of {', '.join(ROUTINGS)}")
+        if problem.values not in VALUES:
+            raise SpecError(f"unknown value kind '{problem.values}': expected one of {', '.join(VALUES)}")
