@@ -13,7 +13,7 @@ NONE, SIGN, ZERO, INVERSE, UNSCALED = -1, -2, -3, -4, -5
 UNREAD = {
     NONE: "no scale of this tensor is what was applied",
     SIGN: "the scale's sign is lost",
-    ZERO: "nothing came through",
+    ZERO: "nothing came through, as where gate turns negative",
     INVERSE: "it was divided by the scale",
     UNSCALED: "no scale was applied at all",
 }

@@ -169,7 +169,8 @@ def _choice_finding(wrong: list[tuple[Batch, int]], floor: float, total: int, no
     want = sorted((batch.weights[token].abs() > floor).nonzero().squeeze(1).tolist())
     missing, extra = sorted(set(want) - set(got)), sorted(set(got) - set(want))
     kinds = sorted({b.kinds[t] for b, t in wrong})
-    stages, looks = like_choice([(b.inputs, t, (~(b.got[t].abs() <= floor)).nonzero().squeeze(1)) for b, t in wrong])
+    seen = [(b, t) for b, t in wrong if b.kinds[t] != "underflow"] or wrong  # there, chosen ones may weigh nothing
+    stages, looks = like_choice([(b.inputs, t, (~(b.got[t].abs() <= floor)).nonzero().squeeze(1)) for b, t in seen])
     if 2 * len(wrong) > total and all(not bool(b.got[t].any()) for b, t in wrong):
         detail = f"nothing could be read: {len(wrong)} of {total} tokens gave all zero{note}"
         return Finding("routing_choice", False, detail, ("permute", "offset", "swiglu", "gemm1", "gemm2"))

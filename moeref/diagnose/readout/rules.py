@@ -46,10 +46,15 @@ CHOICES: dict[str, tuple[tuple[str, ...], Rule]] = {
     "one group fewer were kept": (("groups",), lambda x, b, g: _pick(x, b, g, groups=max(g.topk_group - 1, 1))),
     "experts were chosen by scores without bias": (("topk", "bias"), lambda x, b, g: _pick(x, b, g, by_score=True)),
     "logits were rounded to bfloat16": (("routing",), lambda x, b, g: _pick(x.bfloat16().float(), b, g)),
-    "ids were one too high": (("offset", "permute"), lambda x, b, g: (_pick(x, b, g) + 1) % g.num_experts),
-    "ids were one too low": (("offset", "permute"), lambda x, b, g: (_pick(x, b, g) - 1) % g.num_experts),
+    "ids were one too high": (("offset", "permute"), lambda x, b, g: _moved_by(1, _pick(x, b, g), g)),
+    "ids were one too low": (("offset", "permute"), lambda x, b, g: _moved_by(-1, _pick(x, b, g), g)),
     "the last choice were lost": (("topk",), lambda x, b, g: _best_but_last(x, b, g)),
 }
+
+
+def _moved_by(step: int, ids: torch.Tensor, g: Geometry) -> torch.Tensor:
+    moved = ids + step
+    return moved[(moved >= 0) & (moved < g.num_experts)]
 
 
 def _best_but_last(logits: torch.Tensor, bias: torch.Tensor, g: Geometry) -> torch.Tensor:

@@ -84,13 +84,14 @@ def _judge_activation(up: torch.Tensor, gate: torch.Tensor, out: torch.Tensor) -
         """[n] bool: within the tolerance of the rule, or, if that holds nowhere near, of its value cast to e4m3 with a
         power-of-two scale, that is to four significant bits."""
         due = rule(up, gate)
-        got = out * (due[0] / out[0])  # the first token is the baseline: whatever weight or gain there is drops out
         size, slack = due.abs(), SIGMOID * (up * gate).abs()
         least, most = size * (1 - BELOW) - slack, size * (1 + ABOVE) + slack
-        away = got * due.sign()
-        direct = (away >= least) & (away <= most)
+        # the first token is the baseline: whatever weight or gain there is drops out
+        away = out / out[0] * torch.where(due < 0, -1.0, 1.0) * due[0].sign()
+        direct = (away * size[0] >= least) & (away * size[0] <= most)
         if bool(direct.all()):
             return direct
+        away = away * _four_bits(size[0])
         cast = (away >= _four_bits(least) * (1 - BELOW)) & (away <= _four_bits(most) * (1 + ABOVE))
         return cast if int(cast.sum()) > int(direct.sum()) else direct
 
