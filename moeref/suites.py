@@ -47,8 +47,9 @@ _ONE_GROUP = (
 )
 
 
-DIAGNOSIS = ("small-t24-o8-iid-model_like-s0",)
-"""Problems whose geometry and shard laws and read-outs are run on."""
+DIAGNOSIS = ("e16l4h384i384k4g4t2-t24-o4-iid-model_like-s0",)
+"""Problems whose geometry and shard laws and read-outs are run on. A short accumulator that runs over several blocks of
+K shows from three blocks on."""
 
 
 def small_suite(seed: int = 0) -> list[Problem]:

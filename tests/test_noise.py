@@ -10,13 +10,13 @@ import pytest
 import torch
 from judging import prepare
 
+from moeref.diagnose.shrink import possible
 from moeref.judge.noise import fit, output_noise
 from moeref.judge.recipes import LEGAL, emulate, nearest_recipes
 from moeref.make import make_inputs
 from moeref.reference import combine, gemm2, moe, requantize
 from moeref.routings import ROUTINGS
 from moeref.spec import EXACT, Geometry, Problem, Recipe
-from moeref.testing.strategies import possible
 from moeref.values import VALUES
 
 GEOMETRIES = ("small", "small_kimi", "e16l16h128i128k4g4t2", "e32l4h384i128k8g8t4", "e8l2h128i384k2g1t1")

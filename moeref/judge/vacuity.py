@@ -13,6 +13,9 @@ SPREAD = 0.01
 """Relative spread under which weights or scales count as equal: mixing them up would move outputs by less than a
 re-quantisation does."""
 
+STAGES = ("topk", "weights", "permute", "activation_scale", "gemm1_scale", "swiglu", "gemm2_scale")
+"""Stages that a problem's data may leave untested, in the order of the data."""
+
 CURVED = (0.1, 8.0)
 """|gate| between which silu differs from x/2 + x**2/4 by more than 1e-4 of it, and from relu by more than bf16's half
 spacing: there another activation shows."""

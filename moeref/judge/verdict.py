@@ -15,6 +15,7 @@ from moeref.judge.compare import CRITERIA, Criterion, matched_per_token, row_err
 from moeref.judge.noise import Fit, Noise, fit, output_noise
 from moeref.judge.recipes import Emulations, emulate, nearest_recipes
 from moeref.judge.ties import adopt
+from moeref.judge.vacuity import vacuity
 from moeref.reference import Trace
 from moeref.spec import Recipe
 
@@ -53,6 +54,7 @@ class Figures:
     noise_z: float | None = None  # root mean square error in units of what the recipe costs
     ambiguous_tokens: int = 0
     other_choice_tokens: int = 0
+    blind: tuple[str, ...] = ()  # stages that the problem's data could not have shown to be wrong
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ def judge(
     found += checks.repeated(observed)
     found += checks.content(outputs, active)
     measured = _measure(_base(inputs, trace), outputs, trace.output, active, criterion)
-    measured = replace(measured, ambiguous_tokens=ambiguous, other_choice_tokens=other)
+    blind = vacuity(inputs, trace).blind
+    measured = replace(measured, ambiguous_tokens=ambiguous, other_choice_tokens=other, blind=blind)
     found.append(checks.matched(measured.matched[criterion.name], criterion))
     name, was_found = "", False
     if len(active):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from moeref.judge.vacuity import STAGES
 from moeref.judge.verdict import ERROR, FAIL, INCONCLUSIVE, PASS, UNSUPPORTED
 from moeref.verify import Diagnosis, Outcome
 
@@ -86,6 +87,10 @@ def summary(outcomes: Sequence[Outcome], candidate: str, found: Sequence[Diagnos
             + (f", {seen[FAIL]} broken" if seen[FAIL] else "")
             + (f", {seen[INCONCLUSIVE]} do not apply" if seen[INCONCLUSIVE] else "")
         )
+    if judged:
+        seeing = ((stage, sum(stage not in f.blind for f in judged)) for stage in STAGES)
+        tested = ", ".join(f"{stage} {count}" for stage, count in seeing)
+        lines.append(f"problems whose data tell right from wrong: {tested} of {len(judged)}")
     tossed = sum(f.ambiguous_tokens for f in judged)
     if tossed:
         other = sum(f.other_choice_tokens for f in judged)

@@ -1,4 +1,4 @@
-"""`moeref fuzz`: Hypothesis outside pytest. Draws problems, judges a candidate on each, shrinks the first failure."""
+"""`moeref fuzz`: Hypothesis outside pytest draws problems; the first failure is shrunk by moeref.diagnose.shrink."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 import hypothesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from hypothesis.database import DirectoryBasedExampleDatabase
 
+from moeref.diagnose.shrink import shrink
 from moeref.interop.runner import Runner
 from moeref.spec import Geometry, Problem
 from moeref.testing.strategies import problems
@@ -57,8 +57,7 @@ def fuzz(
     """Judge drawn problems until `examples` are done or `minutes` are over, or one fails; then shrink that one.
 
     geometry   None: drawn small ones; else this one
-    database   folder in whose sub-folder of the candidate's name Hypothesis keeps failing examples:
-               the next run tries them first
+    database   folder that keeps the names of failing problems, a file a candidate: the next run tries them first
     progress   called after each problem
     Raises what Runner raises for a candidate that can't be found.
     """
@@ -67,31 +66,82 @@ def fuzz(
     start = time.monotonic()
     deadline = None if minutes is None else start + 60 * minutes
     result = FuzzResult()
-    store = DirectoryBasedExampleDatabase(database / _folder_name(candidate)) if database else None
+    kept = database / f"{_file_name(candidate)}.txt" if database else None
     strategy = problems(None if geometry is None else st.just(geometry), most_tokens)
     with Runner(candidate, device=options.device, timeout=options.timeout, isolate=options.isolate) as runner:
+        _try_again(runner, candidate, options, kept, result, progress)
         batch = 0
         while result.failure is None and not _over(result, examples, deadline):
             left = BATCH if examples is None else min(BATCH, examples - result.drawn)
-            one_batch = _batch(
-                runner, candidate, options, strategy, left, seed + batch, store, deadline, result, progress
-            )
-            with contextlib.suppress(_Failing):  # kept in result.failure; Hypothesis ends on the smallest one
+            one_batch = _batch(runner, candidate, options, strategy, left, seed + batch, deadline, result, progress)
+            with contextlib.suppress(_Failing):  # kept in result.failure
                 one_batch()
             batch += 1
+        if result.failure is not None:
+            _shrink(runner, candidate, options, result, progress)
+            _keep(kept, result.failure.label)
     result.seconds = time.monotonic() - start
     return result
 
 
-def _folder_name(candidate: str) -> str:
-    """A candidate's own folder in the database: failures of one say nothing about another."""
+def _file_name(candidate: str) -> str:
+    """A candidate's own file in the database: failures of one say nothing about another."""
     return "".join(letter if letter.isalnum() else "_" for letter in candidate)
+
+
+def _keep(kept: Path | None, name: str) -> None:
+    """Add a problem's name to the database, once."""
+    if kept is None or (kept.exists() and name in kept.read_text().split()):
+        return
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with kept.open("a") as file:
+        file.write(name + "\n")
+
+
+def _try_again(
+    runner: Runner,
+    candidate: str,
+    options: Options,
+    kept: Path | None,
+    result: FuzzResult,
+    progress: Callable[[FuzzResult, Problem], None],
+) -> None:
+    """Judge the problems that failed in earlier runs, until one fails again."""
+    for name in kept.read_text().split() if kept is not None and kept.exists() else ():
+        outcome = judge_one(runner, candidate, name, Problem.parse(name), options)
+        result.statuses[outcome.verdict.status] += 1
+        progress(result, Problem.parse(name))
+        if outcome.verdict.status in ("FAIL", "ERROR"):
+            result.failure = outcome
+            return
 
 
 def _over(result: FuzzResult, examples: int | None, deadline: float | None) -> bool:
     if deadline is not None:
         return time.monotonic() >= deadline
     return examples is not None and result.drawn >= examples
+
+
+def _shrink(
+    runner: Runner,
+    candidate: str,
+    options: Options,
+    result: FuzzResult,
+    progress: Callable[[FuzzResult, Problem], None],
+) -> None:
+    assert result.failure is not None
+
+    def fails(problem: Problem) -> bool:
+        outcome = judge_one(runner, candidate, problem.name, problem, options)
+        result.shrink_steps += 1
+        progress(result, problem)
+        failed = outcome.verdict.status == kind
+        if failed:
+            result.failure = outcome
+        return failed
+
+    kind = result.failure.verdict.status  # a FAIL is not shrunk to an ERROR
+    shrink(Problem.parse(result.failure.label), fails)
 
 
 def _batch(
@@ -101,7 +151,6 @@ def _batch(
     strategy: st.SearchStrategy[Problem],
     count: int,
     seed: int,
-    store: DirectoryBasedExampleDatabase | None,
     deadline: float | None,
     result: FuzzResult,
     progress: Callable[[FuzzResult, Problem], None],
@@ -112,22 +161,19 @@ def _batch(
         if result.failure is None and deadline is not None and time.monotonic() >= deadline:
             return
         outcome = judge_one(runner, candidate, problem.name, problem, options)
-        failed = outcome.verdict.status in ("FAIL", "ERROR")
-        if result.failure is None:
-            result.statuses[outcome.verdict.status] += 1
-        else:
-            result.shrink_steps += 1
-        if failed:
-            result.failure = outcome
+        if result.failure is not None and outcome.verdict.problem == result.failure.verdict.problem:
+            raise _Failing(problem.name)  # Hypothesis looks at it once more
+        result.statuses[outcome.verdict.status] += 1
         progress(result, problem)
-        if failed:
+        if outcome.verdict.status in ("FAIL", "ERROR"):
+            result.failure = outcome
             raise _Failing(problem.name)
 
     configured = settings(
         max_examples=count,
         deadline=None,
-        database=store,
-        phases=[Phase.reuse, Phase.generate, Phase.shrink],
+        database=None,  # failing problems are kept by their names
+        phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,
         verbosity=hypothesis.Verbosity.quiet,

@@ -10,12 +10,11 @@ from collections.abc import Callable
 
 from hypothesis import strategies as st
 
-from moeref.routings import ROUTINGS, draw_routing
-from moeref.spec import BLOCK, Geometry, Problem, SpecError
+from moeref.diagnose.shrink import PLAIN_ROUTINGS, PLAIN_VALUES, possible
+from moeref.routings import ROUTINGS
+from moeref.spec import BLOCK, Geometry, Problem
 from moeref.values import VALUES
 
-PLAIN_ROUTINGS = ("balanced", "one_expert", "iid", "deepseek_like", "skewed")
-PLAIN_VALUES = ("model_like", "published", "heterogeneous")
 EDGES = (1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)
 """Row counts beside which kernels' tiles end."""
 
@@ -57,15 +56,6 @@ def geometries(draw: Callable[[st.SearchStrategy[int]], int], most_blocks: int =
     )
 
 
-def possible(problem: Problem) -> bool:
-    """False where the routing kind cannot be had at this geometry and offset."""
-    try:
-        draw_routing(Problem(problem.geometry, 0, problem.offset, problem.routing, problem.values, problem.seed))
-    except SpecError:
-        return False
-    return True
-
-
 @st.composite
 def problems(
     draw: Callable[[st.SearchStrategy[object]], object],
@@ -83,5 +73,5 @@ def problems(
     assert isinstance(routing, str) and isinstance(values, str) and isinstance(factor, float)
     problem = Problem(shape, seq_len, offset, routing, values, seed, factor)
     if not possible(problem):
-        problem = Problem(shape, seq_len, offset, PLAIN_ROUTINGS[0], values, seed, factor)
+        problem = Problem(shape, seq_len, offset, "iid", values, seed, factor)
     return problem
