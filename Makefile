@@ -12,7 +12,7 @@ verify-all: $(VENV)/ready
 	$(BIN)/moeref verify --all $(ARGS)
 
 test: $(VENV)/ready-test
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist worksteal $(ARGS)
 
 check: $(VENV)/ready-test
 	$(BIN)/ruff format --check .
