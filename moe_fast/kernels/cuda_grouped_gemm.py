@@ -20,7 +20,6 @@ from moe_fast.kernels.cuda_build import TensorMap, load, tensor_map
 THREADS = 384
 DYNAMIC_SHARED = 212992
 MAX_EXPERTS = 512
-GRAIN = 8
 
 
 class Params(ctypes.Structure):
@@ -44,9 +43,9 @@ class Params(ctypes.Structure):
     )
 
 
-def defines(cluster: int, grain: int) -> tuple[tuple[str, int], ...]:
+def defines(cluster: int) -> tuple[tuple[str, int], ...]:
     """What a variant of grouped_gemm.cu is compiled with."""
-    return (("CLUSTER", cluster), ("DYNAMIC_SHARED", DYNAMIC_SHARED), ("GRAIN", grain))
+    return (("CLUSTER", cluster), ("DYNAMIC_SHARED", DYNAMIC_SHARED))
 
 
 @functools.cache
@@ -55,24 +54,22 @@ def sm_count(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def weights_map(weights: torch.Tensor, apart: int, together: int) -> TensorMap:
-    """Map over the rows of weights [L, rows, K], in boxes of 64 rows x 128 columns.
+def weights_map(weights: torch.Tensor) -> TensorMap:
+    """Map over the rows of weights [L, rows, K], in boxes of 128 rows x 128 columns.
 
-    A box is ordered so that matrix row 16w + 8p + i is row apart*8*w + apart*i + p (+ the box's coordinate): the
-    two rows p that one thread accumulates are neighbours. `together` rows share one i.
+    A box is ordered so that its row 32a + 8j + 2q + b is row 32a + 8q + 2j + b of the weights: a thread's 8 columns of
+    32 are neighbours.
     """
     depth = weights.shape[2]
     rows = weights.shape[0] * weights.shape[1]
-    sizes = (depth, 8, together, rows // (8 * apart))
-    strides = (apart * depth, depth, 8 * apart * depth)
-    return tensor_map(weights.data_ptr(), sizes, strides, (128, 8, 2, 4))[0]
+    sizes = (depth, 2, 4, 4, rows // 32)
+    strides = (depth, 8 * depth, 2 * depth, 32 * depth)
+    return tensor_map(weights.data_ptr(), sizes, strides, (128, 2, 4, 4, 4))[0]
 
 
-def _launch(
-    name: str, made: TensorMap, params: Params, device: torch.device, cluster: int, grain: int, pdl: bool
-) -> None:
+def _launch(name: str, made: TensorMap, params: Params, device: torch.device, cluster: int, pdl: bool) -> None:
     index = device.index or 0
-    kernel = load("grouped_gemm.cu", defines(cluster, grain), name, THREADS, DYNAMIC_SHARED, index)
+    kernel = load("grouped_gemm.cu", defines(cluster), name, THREADS, DYNAMIC_SHARED, index)
     blocks = sm_count(index) // cluster * cluster
     kernel.launch(blocks, (made, params), torch.cuda.current_stream(device).cuda_stream, pdl)
 
@@ -88,7 +85,6 @@ def gemm1(
     requantized_scale: torch.Tensor,
     counters: torch.Tensor,
     cluster: int = 2,
-    grain: int = GRAIN,
     pdl: bool = False,
 ) -> None:
     """Fill requantized [P, I] e4m3 and requantized_scale [I/128, >= P] float32, rows below expert_offsets[-1].
@@ -113,7 +109,7 @@ def gemm1(
         local,
         0,
     )
-    _launch("gemm1_kernel", weights_map(gemm1_weights, 2, 2), params, hidden_states.device, cluster, grain, pdl)
+    _launch("gemm1_kernel", weights_map(gemm1_weights), params, hidden_states.device, cluster, pdl)
 
 
 def gemm1_torch(
@@ -127,7 +123,6 @@ def gemm1_torch(
     requantized_scale: torch.Tensor,
     counters: torch.Tensor,
     cluster: int = 2,
-    grain: int = GRAIN,
     pdl: bool = False,
 ) -> None:
     """Twin of `gemm1`."""
@@ -155,7 +150,6 @@ def gemm2(
     gemm2_out: torch.Tensor,
     counters: torch.Tensor,
     cluster: int = 2,
-    grain: int = GRAIN,
     pdl: bool = False,
 ) -> None:
     """Fill gemm2_out [P, H], bfloat16 or float32, rows below expert_offsets[-1].
@@ -180,7 +174,7 @@ def gemm2(
         local,
         int(gemm2_out.dtype == torch.float32),
     )
-    _launch("gemm2_kernel", weights_map(gemm2_weights, 4, 4), params, requantized.device, cluster, grain, pdl)
+    _launch("gemm2_kernel", weights_map(gemm2_weights), params, requantized.device, cluster, pdl)
 
 
 def gemm2_torch(
@@ -192,7 +186,6 @@ def gemm2_torch(
     gemm2_out: torch.Tensor,
     counters: torch.Tensor,
     cluster: int = 2,
-    grain: int = GRAIN,
     pdl: bool = False,
 ) -> None:
     """Twin of `gemm2`."""

@@ -1,6 +1,6 @@
-"""Check and time the CUDA kernels in one call: python -m moe_fast.tools.cuda_lab [--variants c2g8 ...] [--tokens ...]
+"""Check and time the CUDA kernels in one call: python -m moe_fast.tools.cuda_lab [--variants c1 c2]  [--tokens ...]
 
-Every variant (cluster size, grain of tokens) runs in a process of its own with a time limit, for a broken pipeline
+Every variant (cluster size) runs in a process of its own with a time limit, for a broken pipeline
 hangs. Checks first, on ragged made-up counts with signed scales and poisoned outputs, against the torch twins; then
 times at DeepSeek-V3's sizes with a routing drawn as the published workloads. Prints as it goes and a table last.
 """
@@ -23,7 +23,7 @@ from moe_fast.kernels.cuda_build import compiler, cubin
 
 SECONDS = 60
 FLOPS_PER_ROW = {"gemm1": 2 * 4096 * 7168, "gemm2": 2 * 7168 * 2048}
-VARIANTS = ("c2g8", "c1g8")
+VARIANTS = ("c2", "c1")
 
 
 @dataclass
@@ -113,21 +113,21 @@ def drawn_slots(tokens: int, seed: int) -> torch.Tensor:
     return slots
 
 
-def run_gemm1(case: Case, to: dict[str, torch.Tensor], cluster: int, grain: int, twin: bool = False) -> None:
+def run_gemm1(case: Case, to: dict[str, torch.Tensor], cluster: int, twin: bool = False) -> None:
     """gemm1 or its twin."""
     call = cuda_grouped_gemm.gemm1_torch if twin else cuda_grouped_gemm.gemm1
     call(
         case.hidden_states, case.hidden_states_scale, case.gemm1_weights, case.gemm1_weights_scale, case.index,
-        case.offsets, to["requantized"], to["requantized_scale"], to["counters"], cluster, grain,
+        case.offsets, to["requantized"], to["requantized_scale"], to["counters"], cluster,
     )  # fmt: skip
 
 
-def run_gemm2(case: Case, to: dict[str, torch.Tensor], cluster: int, grain: int, twin: bool = False) -> None:
+def run_gemm2(case: Case, to: dict[str, torch.Tensor], cluster: int, twin: bool = False) -> None:
     """gemm2 or its twin."""
     call = cuda_grouped_gemm.gemm2_torch if twin else cuda_grouped_gemm.gemm2
     call(
         to["requantized"], to["requantized_scale"], case.gemm2_weights, case.gemm2_weights_scale, case.offsets,
-        to["gemm2_out"], to["counters"], cluster, grain,
+        to["gemm2_out"], to["counters"], cluster,
     )  # fmt: skip
 
 
@@ -142,12 +142,12 @@ def distance(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got.float() - want.float()).norm() / want.float().norm().clamp_min(1e-30)).item()
 
 
-def check(case: Case, cluster: int, grain: int, wide: bool) -> str:
+def check(case: Case, cluster: int, wide: bool) -> str:
     """Compare every stage with its twin on the same inputs; outputs past the last row must keep their poison."""
     rows = len(case.index)
     got, want = case.outputs(wide), case.outputs(wide)
-    run_gemm1(case, got, cluster, grain)
-    run_gemm1(case, want, cluster, grain, twin=True)
+    run_gemm1(case, got, cluster)
+    run_gemm1(case, want, cluster, twin=True)
     torch.cuda.synchronize()
     scale = distance(got["requantized_scale"][:, :rows], want["requantized_scale"][:, :rows])
     bytes_got, bytes_want = (t["requantized"][:rows].view(torch.uint8) for t in (got, want))
@@ -159,8 +159,8 @@ def check(case: Case, cluster: int, grain: int, wide: bool) -> str:
     value = distance(*values)
     want["requantized"].copy_(got["requantized"])
     want["requantized_scale"].copy_(got["requantized_scale"])
-    run_gemm2(case, got, cluster, grain)
-    run_gemm2(case, want, cluster, grain, twin=True)
+    run_gemm2(case, got, cluster)
+    run_gemm2(case, want, cluster, twin=True)
     torch.cuda.synchronize()
     second = distance(got["gemm2_out"][:rows], want["gemm2_out"][:rows])
     want["gemm2_out"].copy_(got["gemm2_out"])
@@ -175,8 +175,8 @@ def check(case: Case, cluster: int, grain: int, wide: bool) -> str:
         and (got["counters"] == 0).all()
     )
     again = case.outputs(wide)
-    run_gemm1(case, again, cluster, grain)
-    run_gemm2(case, again, cluster, grain)
+    run_gemm1(case, again, cluster)
+    run_gemm2(case, again, cluster)
     run_combine(case, again)
     same = torch.equal(again["output"].view(torch.int16), got["output"].view(torch.int16))
     fine = scale < 2e-3 and other < 0.02 and second < 3e-3 and third < 3e-3 and bool(kept) and same
@@ -210,18 +210,18 @@ def median_us(call: Callable[[], None], repeats: int = 12) -> float:
     return statistics.median(1000 * a.elapsed_time(b) for a, b in pairs[3:])
 
 
-def time_case(case: Case, name: str, cluster: int, grain: int) -> None:
+def time_case(case: Case, name: str, cluster: int) -> None:
     """Print a line of the table for each output type."""
     rows = len(case.index)
     for wide in (False, True):
         to = case.outputs(wide)
-        gemm1 = median_us(lambda to=to: run_gemm1(case, to, cluster, grain))
-        gemm2 = median_us(lambda to=to: run_gemm2(case, to, cluster, grain))
+        gemm1 = median_us(lambda to=to: run_gemm1(case, to, cluster))
+        gemm2 = median_us(lambda to=to: run_gemm2(case, to, cluster))
         last = median_us(lambda to=to: run_combine(case, to))
 
         def chain(to: dict[str, torch.Tensor] = to) -> None:
-            run_gemm1(case, to, cluster, grain)
-            run_gemm2(case, to, cluster, grain)
+            run_gemm1(case, to, cluster)
+            run_gemm2(case, to, cluster)
             run_combine(case, to)
 
         whole = median_us(chain)
@@ -235,10 +235,10 @@ def time_case(case: Case, name: str, cluster: int, grain: int) -> None:
 
 def one(name: str, tokens: list[int], timing: bool) -> None:
     """Check and time one variant in this process."""
-    found = re.fullmatch(r"c(\d+)g(\d+)", name)
+    found = re.fullmatch(r"c(\d+)", name)
     if found is None:
-        raise SystemExit(f"variant {name}: expected something like c2g8")
-    cluster, grain = int(found[1]), int(found[2])
+        raise SystemExit(f"variant {name}: expected c1 or c2")
+    cluster = int(found[1])
     torch.manual_seed(1)
     ragged = {
         "ragged": ([0, 1, 127, 0, 128, 129, 255, 256, 257, 300, 8, 0], 400, 512, 384),
@@ -248,20 +248,19 @@ def one(name: str, tokens: list[int], timing: bool) -> None:
     for label, (counts, count, hidden, inner) in ragged.items():
         for wide in (True, False):
             print(f"{name} {label} wide={wide}:", end=" ", flush=True)
-            print(check(make_case(ragged_slots(counts, count), hidden, inner), cluster, grain, wide), flush=True)
+            print(check(make_case(ragged_slots(counts, count), hidden, inner), cluster, wide), flush=True)
     for count in tokens:
         case = make_case(drawn_slots(count, 0), 7168, 2048)
         sizes = case.offsets.diff()
         print(f"{name} {count} tokens, rows {len(case.index)}, {sizes.min()}..{sizes.max()} an expert:", end=" ")
-        print(check(case, cluster, grain, False), flush=True)
+        print(check(case, cluster, False), flush=True)
         if timing:
-            time_case(case, name, cluster, grain)
+            time_case(case, name, cluster)
 
 
 def build(name: str) -> None:
     """Compile a variant into the cache folder."""
-    cluster, grain = (int(n) for n in re.findall(r"\d+", name))
-    cubin("grouped_gemm.cu", dict(cuda_grouped_gemm.defines(cluster, grain)))
+    cubin("grouped_gemm.cu", dict(cuda_grouped_gemm.defines(int(name.removeprefix("c")))))
 
 
 def main() -> None:

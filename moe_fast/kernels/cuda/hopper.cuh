@@ -79,20 +79,24 @@ INLINE void named_barrier_sync(u32 id, u32 threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+INLINE void named_barrier_arrive(u32 id, u32 threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // ---- copies
-// One box of a rank-4 tensor map, to the same offset of every CTA in `mask` (mask 0: only this one, no cluster needed).
-INLINE void tma_load(u32 to, const TensorMap* map, u32 bar, int c0, int c1, int c2, int c3, u16 mask) {
+// One box of a rank-5 tensor map at (first, 0, 0, 0, last), to the same offset of every CTA in `mask` (0: only this one).
+INLINE void tma_load(u32 to, const TensorMap* map, u32 bar, int first, int last, u16 mask) {
     if (mask == 0) {
         asm volatile(
-            "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+            "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %4, %4, %5}], "
             "[%2];" ::"r"(to),
-            "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+            "l"(map), "r"(bar), "r"(first), "r"(0), "r"(last)
             : "memory");
     } else {
         asm volatile(
-            "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-            "[%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to),
-            "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(mask)
+            "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+            "[%1, {%3, %4, %4, %4, %5}], [%2], %6;" ::"r"(to),
+            "l"(map), "r"(bar), "r"(first), "r"(0), "r"(last), "h"(mask)
             : "memory");
     }
 }
@@ -105,14 +109,12 @@ INLINE void copy16_async(u32 to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
-INLINE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int PENDING>
-INLINE void copies_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+// Arrives once on the barrier when all of this thread's earlier copy16_async are done, without holding it up.
+INLINE void copies_arrive(u32 bar) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
 }
 
-// Makes this thread's finished copies and stores to shared memory visible to the tensor cores.
+// Makes ordinary writes to shared memory that this thread has seen visible to its tensor-core operations.
 INLINE void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- registers of a warpgroup
@@ -149,6 +151,20 @@ INLINE float4 load_shared4(u32 address) {
 INLINE int4 load_shared4i(u32 address) {
     int4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+    return v;
+}
+
+INLINE void store_shared4i(u32 address, int x, int y, int z, int w) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+}
+
+INLINE void store_shared_int(u32 address, int value) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+INLINE int load_shared_int(u32 address) {
+    int v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
     return v;
 }
 

@@ -69,21 +69,6 @@ INLINE void mma_step(float (&d)[N / 2], u64 a, u64 b, int accumulate);
             : "l"(a), "l"(b), "r"(accumulate)); \
     }
 
-DEFINE_MMA(8, 4, 5, 6)
-DEFINE_MMA(16, 8, 9, 10)
-DEFINE_MMA(24, 12, 13, 14)
-DEFINE_MMA(32, 16, 17, 18)
-DEFINE_MMA(40, 20, 21, 22)
-DEFINE_MMA(48, 24, 25, 26)
-DEFINE_MMA(56, 28, 29, 30)
-DEFINE_MMA(64, 32, 33, 34)
-DEFINE_MMA(72, 36, 37, 38)
-DEFINE_MMA(80, 40, 41, 42)
-DEFINE_MMA(88, 44, 45, 46)
-DEFINE_MMA(96, 48, 49, 50)
-DEFINE_MMA(104, 52, 53, 54)
-DEFINE_MMA(112, 56, 57, 58)
-DEFINE_MMA(120, 60, 61, 62)
 DEFINE_MMA(128, 64, 65, 66)
 
 #undef DEFINE_MMA
