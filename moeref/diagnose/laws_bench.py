@@ -183,6 +183,11 @@ class Bench:
                 return Recipe(requantize=1)
         return found
 
+    @property
+    def widest(self) -> Recipe:
+        """The recipe, with bfloat16 weights unless declared: few base rows don't always tell whether they are."""
+        return replace(self.recipe, topk_weights="bf16") if self._recipe == "auto" else self.recipe
+
     def trace_of(self, inputs: Inputs) -> Trace:
         """The exact reference of any inputs; kept for the base ones."""
         return self.trace if inputs is self.inputs else moe(inputs)

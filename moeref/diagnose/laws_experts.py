@@ -43,7 +43,7 @@ def ranks_add_up(bench: Bench) -> Finding:
         answers.append(bench.call(inputs).float())
         trace = moe(inputs)
         exact.append(trace.unrounded)
-        noises.append(output_noise(trace, inputs, bench.recipe))
+        noises.append(output_noise(trace, inputs, bench.widest))
     total, expected = torch.stack(answers).sum(0), torch.stack(exact).sum(0)
     if not bool(torch.isfinite(total).all()):
         return Finding(name, False, "NaN or inf in the output of a rank", ("combine", "output"))
