@@ -84,7 +84,7 @@ def gemm1(
     requantized: torch.Tensor,
     requantized_scale: torch.Tensor,
     counters: torch.Tensor,
-    cluster: int = 2,
+    cluster: int = 1,
     pdl: bool = False,
 ) -> None:
     """Fill requantized [P, I] e4m3 and requantized_scale [I/128, >= P] float32, rows below expert_offsets[-1].
@@ -122,7 +122,7 @@ def gemm1_torch(
     requantized: torch.Tensor,
     requantized_scale: torch.Tensor,
     counters: torch.Tensor,
-    cluster: int = 2,
+    cluster: int = 1,
     pdl: bool = False,
 ) -> None:
     """Twin of `gemm1`."""
@@ -149,7 +149,7 @@ def gemm2(
     expert_offsets: torch.Tensor,
     gemm2_out: torch.Tensor,
     counters: torch.Tensor,
-    cluster: int = 2,
+    cluster: int = 1,
     pdl: bool = False,
 ) -> None:
     """Fill gemm2_out [P, H], bfloat16 or float32, rows below expert_offsets[-1].
@@ -185,7 +185,7 @@ def gemm2_torch(
     expert_offsets: torch.Tensor,
     gemm2_out: torch.Tensor,
     counters: torch.Tensor,
-    cluster: int = 2,
+    cluster: int = 1,
     pdl: bool = False,
 ) -> None:
     """Twin of `gemm2`."""

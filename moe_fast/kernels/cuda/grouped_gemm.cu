@@ -26,9 +26,6 @@
 #ifndef CLUSTER
 #define CLUSTER 2
 #endif
-#ifndef ALTERNATE
-#define ALTERNATE 0
-#endif
 #ifndef DYNAMIC_SHARED
 #define DYNAMIC_SHARED 212992
 #endif
@@ -39,10 +36,7 @@ constexpr int MATH_THREADS = 256;
 constexpr int LOAD_THREADS = 128;
 constexpr int MAX_EXPERTS = 512;
 constexpr int MAIL_SLOTS = 8;
-#ifndef AHEAD_STEPS
-#define AHEAD_STEPS 4
-#endif
-constexpr int AHEAD = AHEAD_STEPS;  // steps of K
+constexpr int AHEAD = 2;  // steps of K
 
 constexpr int WEIGHT_BYTES = 256 * 128;
 constexpr int TOKEN_BYTES = TILE_TOKENS * 128;
@@ -170,14 +164,19 @@ struct Loader {
             const int scale_rows = (PHASE == 1 ? 2 : 1) * p.columns / 128;
             const int row0 = PHASE == 1 ? now.column : 2 * now.column;
             const int row1 = PHASE == 1 ? now.column + p.columns / 128 : min(row0 + 1, scale_rows - 1);
-            const float* scale0 = p.weight_scale + (i64(now.expert) * scale_rows + row0) * steps;
+            const int scale0 = (now.expert * scale_rows + row0) * steps;
             const int to_scale1 = (row1 - row0) * steps;
-            const float* token_scale = p.token_scale + token;
+            const auto token_scale = [&](int step) { return p.token_scale[step * p.token_scale_stride + token]; };
             // Scales are asked for well before they are stored: no step waits for memory.
             float x[AHEAD], w0 = 0.0f, w1 = 0.0f;  // a lane holds the weights' scales of every 32nd step
 #pragma unroll
             for (int u = 0; u < AHEAD; ++u) {
-                if (u < steps) x[u] = token_scale[u * p.token_scale_stride];
+                if (u < steps) x[u] = token_scale(u);
+            }
+            const u8* from[TILE_TOKENS / 16];
+#pragma unroll
+            for (int j = 0; j < TILE_TOKENS / 16; ++j) {
+                from[j] = p.tokens + (i64(load_shared_int(sources + (16 * j + first_row) * 4)) * p.depth + chunk * 16);
             }
             int next = 0, next_token = 0;
             for (int start = 0; start < steps; start += AHEAD) {
@@ -186,8 +185,8 @@ struct Loader {
                     const int step = start + u;
                     if (step >= steps) break;
                     if (u == 0 && step % 32 == 0 && step + lane < steps) {
-                        w0 = scale0[step + lane];
-                        w1 = scale0[step + lane + to_scale1];
+                        w0 = p.weight_scale[scale0 + step + lane];
+                        w1 = p.weight_scale[scale0 + to_scale1 + step + lane];
                     }
                     barrier_wait(empty + stage * 8, parity ^ 1);
                     if (thread == 0) {
@@ -199,8 +198,7 @@ struct Loader {
 #pragma unroll
                     for (int j = 0; j < TILE_TOKENS / 16; ++j) {
                         if (16 * j + first_row < now.live) {
-                            const int from = load_shared_int(sources + (16 * j + first_row) * 4);
-                            copy16_async(copy_to + stage * TOKEN_BYTES + j * 2048, p.tokens + (i64(from) * p.depth + (step * 128 + chunk * 16)));
+                            copy16_async(copy_to + stage * TOKEN_BYTES + j * 2048, from[j] + u * 128);
                         }
                     }
                     copies_arrive(full + stage * 8);
@@ -209,7 +207,7 @@ struct Loader {
                     store_shared(to + TILE_TOKENS * 4, x[u] * __shfl_sync(0xFFFFFFFF, w1, step % 32));
                     __syncwarp();
                     if (lane == 0) barrier_arrive(full + stage * 8);
-                    if (step + AHEAD < steps) x[u] = token_scale[(step + AHEAD) * p.token_scale_stride];
+                    if (step + AHEAD < steps) x[u] = token_scale(step + AHEAD);
                     if (step == min(2, steps - 1)) {  // early enough that the next item's first loads find it there
                         barrier_wait_cluster(letter_bar, (n / MAIL_SLOTS) & 1);
                         next = load_shared_int(letter);
@@ -217,6 +215,8 @@ struct Loader {
                     }
                     if (++stage == STAGES) stage = 0, parity ^= 1;
                 }
+#pragma unroll
+                for (int j = 0; j < TILE_TOKENS / 16; ++j) from[j] += AHEAD * 128;
             }
             item = next;
             token = next_token;
@@ -281,18 +281,12 @@ INLINE void multiply(Pipe& pipe, float (&sum)[2][64], int steps, int group, int 
         for (int v = 0; v < 2; ++v) {
             float product[64];
             pin(product);
-#if ALTERNATE
-            named_barrier_sync(2 + group, MATH_THREADS);  // this group's turn
-#endif
             mma_fence();
 #pragma unroll
             for (int k = 0; k < 4; ++k) {  // 32 bytes further along the swizzled row: 2 units of 16
                 mma_step<128>(product, tokens + 2 * k, weights + v * (BOX_BYTES >> 4) + 2 * k, k > 0);
             }
             mma_commit();
-#if ALTERNATE
-            named_barrier_arrive(3 - group, MATH_THREADS);
-#endif
             pin(product);
             mma_wait();
             pin(product);
@@ -379,15 +373,12 @@ INLINE void compute_items(const Params& p, u32 base) {
     const int group = __shfl_sync(0xFFFFFFFF, threadIdx.x >> 7, 0);
     const int steps = p.depth / 128;
     Pipe pipe{base, 0, 0};
-#if ALTERNATE
-    if (group == 1) named_barrier_arrive(2, MATH_THREADS);
-#endif
     for (;;) {
         pipe.wait();
         const int4 w = load_shared4i(base + WORK_AT + pipe.stage * 16);
         const Work work{w.x, w.y, w.z, w.w};
         if (__shfl_sync(0xFFFFFFFF, work.more, 0) == 0) return;
-        if (!ALTERNATE && group * 64 >= __shfl_sync(0xFFFFFFFF, work.live, 0)) {  // no rows for this group
+        if (group * 64 >= __shfl_sync(0xFFFFFFFF, work.live, 0)) {  // no rows for this group
             pipe.release(lane);
             for (int step = 1; step < steps; ++step) {
                 pipe.wait();

@@ -79,10 +79,6 @@ INLINE void named_barrier_sync(u32 id, u32 threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-INLINE void named_barrier_arrive(u32 id, u32 threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // ---- copies
 // One box of a rank-5 tensor map at (first, 0, 0, 0, last), to the same offset of every CTA in `mask` (0: only this one).
 INLINE void tma_load(u32 to, const TensorMap* map, u32 bar, int first, int last, u16 mask) {
@@ -140,12 +136,6 @@ INLINE u16 pack_e4m3(float low, float high) {
     u16 packed;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
     return packed;
-}
-
-INLINE float4 load_shared4(u32 address) {
-    float4 v;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));
-    return v;
 }
 
 INLINE int4 load_shared4i(u32 address) {
