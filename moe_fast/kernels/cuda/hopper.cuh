@@ -57,8 +57,9 @@ INLINE void barrier_arrive_in_cta(u32 bar, u32 rank) {
 
 // Stores 4 bytes in a CTA of the cluster and counts them on that CTA's barrier.
 INLINE void send_to_cta(u32 address, u32 bar, u32 rank, int value) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(in_cta(address, rank)),
-                 "r"(value), "r"(in_cta(bar, rank))
+    const u32 to = in_cta(address, rank), counted_by = in_cta(bar, rank);
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(to), "r"(value),
+                 "r"(counted_by)
                  : "memory");
 }
 
@@ -80,12 +81,12 @@ INLINE void named_barrier_sync(u32 id, u32 threads) {
 }
 
 // ---- copies
-// One box of a rank-5 tensor map at (first, 0, 0, 0, last), to the same offset of every CTA in `mask` (0: only this one).
+// One box of a rank-5 tensor map at (first, 0, 0, 0, last), to the same offset of every CTA in `mask` (0: only here).
 INLINE void tma_load(u32 to, const TensorMap* map, u32 bar, int first, int last, u16 mask) {
     if (mask == 0) {
         asm volatile(
-            "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %4, %4, %5}], "
-            "[%2];" ::"r"(to),
+            "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+            "[%1, {%3, %4, %4, %4, %5}], [%2];" ::"r"(to),
             "l"(map), "r"(bar), "r"(first), "r"(0), "r"(last)
             : "memory");
     } else {
@@ -140,7 +141,9 @@ INLINE u16 pack_e4m3(float low, float high) {
 
 INLINE int4 load_shared4i(u32 address) {
     int4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address));
     return v;
 }
 

@@ -1,0 +1,69 @@
+// What becomes of a tile's sums: re-quantised SwiGLU (gemm1), or rows (gemm2).
+#pragma once
+#include "layout.cuh"
+
+// silu(gate) * up, then one scale a row for the tile's 128 columns: amax / 448, or 1 for a block of zeros.
+INLINE void store_requantized(float (&sum)[2][64], const Work& work, const Params& p, int row0, int lane) {
+    const int q = lane & 3;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = row0 + 8 * half;
+        float largest = 0.0f;
+#pragma unroll
+        for (int j = 0; j < 16; ++j) {
+#pragma unroll
+            for (int b = 0; b < 2; ++b) {
+                const int at = 4 * j + 2 * half + b;
+                const float gate = sum[1][at];
+                sum[0][at] *= __fdividef(gate, 1.0f + __expf(-gate));
+                largest = fmaxf(largest, fabsf(sum[0][at]));
+            }
+        }
+        largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFF, largest, 1));
+        largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFF, largest, 2));
+        // Not below the smallest normal number, so that its inverse is finite.
+        const float scale = largest > 0.0f ? fmaxf(__fdiv_rn(largest, 448.0f), 1.17549435e-38f) : 1.0f;
+        const float inverse = __frcp_rn(scale);
+        if (row >= work.live) continue;
+        if (q == 0) p.out_scale[i64(work.column) * p.out_scale_stride + work.row + row] = scale;
+        u8* out = static_cast<u8*>(p.out) + i64(work.row + row) * p.columns + work.column * 128 + q * 8;
+#pragma unroll
+        for (int a = 0; a < 4; ++a) {
+            u32 packed[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int at = 16 * a + 4 * j + 2 * half;
+                packed[j] = pack_e4m3(sum[0][at] * inverse, sum[0][at + 1] * inverse);
+            }
+            *reinterpret_cast<uint2*>(out + 32 * a) =
+                make_uint2(packed[0] | packed[1] << 16, packed[2] | packed[3] << 16);
+        }
+    }
+}
+
+INLINE void store_rows(float (&sum)[2][64], const Work& work, const Params& p, int row0, int lane) {
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+        const int column = work.column * 256 + v * 128 + (lane & 3) * 8;
+        if (column >= p.columns) break;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = row0 + 8 * half;
+            if (row >= work.live) continue;
+            const i64 start = i64(work.row + row) * p.columns + column;
+#pragma unroll
+            for (int a = 0; a < 4; ++a) {
+                const float* s = &sum[v][16 * a + 2 * half];
+                if (p.wide) {
+                    float4* out = reinterpret_cast<float4*>(static_cast<float*>(p.out) + start + 32 * a);
+                    out[0] = make_float4(s[0], s[1], s[4], s[5]);
+                    out[1] = make_float4(s[8], s[9], s[12], s[13]);
+                } else {
+                    *reinterpret_cast<uint4*>(static_cast<u16*>(p.out) + start + 32 * a) =
+                        make_uint4(pack_bf16(s[0], s[1]), pack_bf16(s[4], s[5]), pack_bf16(s[8], s[9]),
+                                   pack_bf16(s[12], s[13]));
+                }
+            }
+        }
+    }
+}
