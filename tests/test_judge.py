@@ -122,6 +122,9 @@ def test_an_honest_requantising_kernel_passes_and_is_named() -> None:
     assert found.status == PASS and found.recipe == "requant"
     strict = judge(NAME, inputs, trace, Run([output]), recipe="exact")
     assert strict.status == FAIL and strict.recipe == "exact" and not strict.recipe_found
+    assert "behaves like requant" in strict.message
+    wrong = judge(NAME, inputs, trace, Run([(output.float() * 0.8).bfloat16()]), recipe="exact")
+    assert wrong.status == FAIL and "behaves like" not in wrong.message
 
 
 def test_weights_applied_before_requantising_pass_as_a_requantisation_of_its_own() -> None:

@@ -14,7 +14,7 @@ from moeref.diagnose.shrink import possible
 from moeref.judge.noise import fit, output_noise
 from moeref.judge.recipes import LEGAL, emulate, nearest_recipes
 from moeref.make import make_inputs
-from moeref.reference import combine, gemm2, moe, requantize
+from moeref.reference import combine, expert_spans, gemm2, moe, requantize
 from moeref.routings import ROUTINGS
 from moeref.spec import EXACT, Geometry, Problem, Recipe
 from moeref.values import VALUES
@@ -64,6 +64,8 @@ FAULTY = "small-t24-o8-iid-model_like-s7"
         ("gain", {"rows", "overall", "gain"}),  # 2.1 for 2.5
         ("token", {"rows", "peak"}),  # one token of 24 dropped
         ("noise", {"rows", "overall"}),  # ten percent of noise on every element
+        ("expert", {"experts", "rows"}),  # one local expert's results a fifth too large
+        ("block", {"blocks"}),  # one 128-block of columns a fifth too large
     ],
 )
 def test_each_gate_sees_a_fault(recipe: Recipe, fault: str, gates: set[str]) -> None:
@@ -74,10 +76,19 @@ def test_each_gate_sees_a_fault(recipe: Recipe, fault: str, gates: set[str]) -> 
         output *= 2.1 / 2.5
     elif fault == "token":
         output[active[-1]] = 0
+    elif fault == "block":
+        output[:, 128:] *= 1.2
+    elif fault == "expert":
+        _, span = max(expert_spans(trace.permutation.expert_offsets), key=lambda one: one[1].stop - one[1].start)
+        rows = moe(inputs, recipe).gemm2_out.clone()
+        rows[span] *= 1.2
+        output = combine(rows, trace.routing, trace.permutation)
     else:
         output *= 1 + 0.1 * torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
     found = fit(output.bfloat16(), trace, output_noise(trace, inputs, recipe), active)
     assert {gate for gate in gates if not getattr(found, gate).passed} == gates
+    if fault == "block":
+        assert found.blocks.where == 1
 
 
 def test_a_common_factor_within_the_noise_is_seen_by_the_gain_alone() -> None:

@@ -287,4 +287,4 @@ def difference_fit(
         sources=2 * noise.sources,
     )
     rows = replace(trace, unrounded=want.float())
-    return fit(got, rows, doubled, active.nonzero().squeeze(1))
+    return fit(got, rows, doubled, active.nonzero().squeeze(1), grouped=False)

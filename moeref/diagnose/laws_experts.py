@@ -48,7 +48,7 @@ def ranks_add_up(bench: Bench) -> Finding:
     if not bool(torch.isfinite(total).all()):
         return Finding(name, False, "NaN or inf in the output of a rank", ("combine", "output"))
     active = expected.any(1).nonzero().squeeze(1)
-    found = fit(total, replace(trace, unrounded=expected), added(noises), active)
+    found = fit(total, replace(trace, unrounded=expected), added(noises), active, grouped=False)
     where = f"sum over {len(ranks)} ranks, {len(expected)} tokens: z {found.overall.value:.3g}"
     detail = f"{where}, {found.overall.limit:.3g} allowed; worst token {found.rows.value:.3g} times its limit"
     stages = () if found.passed else ("offset", "permute", "topk", "combine")

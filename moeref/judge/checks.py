@@ -129,7 +129,7 @@ def matched(ratio: float, criterion: Criterion) -> Check:
 
 
 def noise(worst: Fit, recipe: str) -> list[Check]:
-    """The four gates of the noise model."""
+    """The gates of the noise model."""
     out = int((~(worst.row_excess <= 1)).sum())
     rows = (
         f"{out} of {len(worst.row_z)} active tokens lie outside of what recipe {recipe} costs; the worst, token "
@@ -138,6 +138,14 @@ def noise(worst: Fit, recipe: str) -> list[Check]:
     overall = f"root mean square z is {worst.overall.value:.3g}, recipe {recipe} allows {worst.overall.limit:.3g}"
     peak = f"the largest |z| is {worst.peak.value:.3g}, {worst.peak.limit:.3g} allowed"
     gain = f"the output is off by a common factor: {worst.gain.value:.3g} of it, {worst.gain.limit:.3g} allowed"
-    gates = (("rows", worst.rows, rows), ("overall", worst.overall, overall), ("peak", worst.peak, peak))
+    experts = f"tokens of local expert {worst.experts.where} lie at {worst.experts.value:.3g} times their mean's limit"
+    blocks = f"output columns of 128-block {worst.blocks.where} lie at {worst.blocks.value:.3g} times their limit"
+    gates = (
+        ("rows", worst.rows, rows),
+        ("experts", worst.experts, experts),
+        ("blocks", worst.blocks, blocks),
+        ("overall", worst.overall, overall),
+        ("peak", worst.peak, peak),
+    )
     found = [Check(f"noise_{name}", gate.passed, "" if gate.passed else text) for name, gate, text in gates]
     return [*found, Check("noise_gain", worst.gain.passed, "" if worst.gain.passed else gain)]

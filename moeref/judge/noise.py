@@ -45,7 +45,7 @@ class Gate:
 
     value: float
     limit: float
-    where: int = -1  # the token that is furthest out, where the gate is per token
+    where: int = -1  # the token, local expert or 128-block that is furthest out, where the gate has several
 
     @property
     def passed(self) -> bool:
@@ -55,9 +55,11 @@ class Gate:
 
 @dataclass(frozen=True)
 class Fit:
-    """How an output lies in the noise of a recipe."""
+    """How an output lies in the noise of a recipe. `rows`, `experts` and `blocks` are in units of their own limits."""
 
     rows: Gate  # largest root mean square z of a token, over its own limit; the limit is 1
+    experts: Gate  # the same over the tokens of one local expert
+    blocks: Gate  # the same over one 128-block of output columns, all active tokens
     overall: Gate  # root mean square z over all active elements
     peak: Gate  # largest |z|
     gain: Gate  # |regression of the error on the reference|
@@ -66,8 +68,8 @@ class Fit:
 
     @property
     def passed(self) -> bool:
-        """All four gates."""
-        return self.rows.passed and self.overall.passed and self.peak.passed and self.gain.passed
+        """All gates."""
+        return all(gate.passed for gate in vars(self).values() if isinstance(gate, Gate))
 
 
 def _block_mean_square(x: torch.Tensor) -> torch.Tensor:
@@ -174,10 +176,13 @@ def _freedom(
     return first.clamp(max=1.0), freedom.clamp(min=1.0), largest
 
 
-def fit(output: torch.Tensor, trace: Trace, noise: Noise, active: torch.Tensor) -> Fit:
-    """Judge output [T, H] on the active tokens (int64 [n], n > 0) by the noise model."""
+def fit(output: torch.Tensor, trace: Trace, noise: Noise, active: torch.Tensor, grouped: bool = True) -> Fit:
+    """Judge output [T, H] on the active tokens (int64 [n], n > 0, ascending) by the noise model.
+
+    grouped: False where the rows are not those of the trace's tokens: then experts and blocks are not gated.
+    """
     hidden = output.shape[1]
-    mean_square, peak, error_on_reference, reference_on_itself = [], 0.0, [], []
+    by_block, peak, error_on_reference, reference_on_itself = [], 0.0, [], []
     for chunk in chunks(active):
         reference, variance = trace.unrounded[chunk], noise.variance[chunk]
         error = output[chunk].float() - reference
@@ -185,11 +190,12 @@ def fit(output: torch.Tensor, trace: Trace, noise: Noise, active: torch.Tensor) 
         # zero variance: a zero reference element, where any error at all is infinitely far out
         z = torch.where(error == 0, torch.zeros_like(error), error / deviation)
         peak = max(peak, float(z.abs().max())) if bool(torch.isfinite(z).all()) else math.inf
-        mean_square.append(z.double().square().mean(1))
+        by_block.append(z.double().square().reshape(len(z), hidden // BLOCK, BLOCK).mean(2))
         scaled = torch.where(variance > 0, reference / deviation, torch.zeros_like(reference)).double()
         error_on_reference.append((z.double() * scaled).sum(1))
         reference_on_itself.append(scaled.square().sum(1))
-    square = torch.cat(mean_square)  # [n]
+    block_square = torch.cat(by_block)  # [n, H/128]
+    square = block_square.mean(1)  # [n]
     share, freedom = noise.shared[active].double(), noise.freedom[active].double()
     spread = share.square() * (_square_variance(noise.sources) / freedom + 2 / hidden)
     spread = spread + (1 - share).square() * _square_variance(1) / hidden
@@ -199,23 +205,65 @@ def fit(output: torch.Tensor, trace: Trace, noise: Noise, active: torch.Tensor) 
     bound = 3 * noise.sources + SIGMAS * (2 / hidden) ** 0.5
     limit = (1 + SIGMAS * spread.sqrt() + heavy).clamp(max=bound) * (1 + MODEL_SLACK)
     excess = (square / limit).sqrt()
-    mean_spread = float(spread.sum().sqrt()) / len(square)
-    overall_limit = 1 + SIGMAS * mean_spread + float(heavy.max()) / len(square)
-    overall_limit = min(overall_limit, bound) * (1 + MODEL_SLACK)
-    worst = int(excess.nan_to_num(nan=math.inf).argmax())
+    overall_limit = _mean_limit(spread, heavy, bound)
     norm = torch.cat(reference_on_itself)
     gain = float(torch.cat(error_on_reference).sum() / norm.sum()) if float(norm.sum()) > 0 else 0.0
     per_row = norm * (1 - share + share * hidden / freedom)  # variance of each row's regression numerator
     gain_limit = SIGMAS * float(per_row.sum().sqrt() / norm.sum()) if float(norm.sum()) > 0 else 0.0
     gain_limit += 3 * ACCUMULATOR + GAIN_BIAS * hidden * len(square) / max(float(norm.sum()), 1e-300)
     return Fit(
-        rows=Gate(float(excess[worst]), 1.0, int(active[worst])),
+        rows=_worst(excess, active),
+        experts=_experts(square, spread, heavy, bound, trace, active) if grouped else Gate(0.0, 1.0),
+        blocks=_blocks(block_square, noise, trace, active, bound) if grouped else Gate(0.0, 1.0),
         overall=Gate(math.sqrt(float(square.mean())), math.sqrt(overall_limit)),
         peak=Gate(peak, PEAK),
         gain=Gate(abs(gain), gain_limit),
         row_z=square.sqrt(),
         row_excess=excess,
     )
+
+
+def _mean_limit(spread: torch.Tensor, heavy: torch.Tensor, bound: float) -> float:
+    """Limit of the mean of independent mean squares with these variances and heaviest terms, both [n]."""
+    count = len(spread)
+    limit = 1 + SIGMAS * float(spread.sum().sqrt()) / count + float(heavy.max()) / count
+    return min(limit, bound) * (1 + MODEL_SLACK)
+
+
+def _worst(excess: torch.Tensor, names: torch.Tensor) -> Gate:
+    """The largest excess, NaN above all, as a gate with limit 1 and the name beside it."""
+    worst = int(excess.nan_to_num(nan=math.inf).argmax())
+    return Gate(float(excess[worst]), 1.0, int(names[worst]))
+
+
+def _experts(
+    square: torch.Tensor, spread: torch.Tensor, heavy: torch.Tensor, bound: float, trace: Trace, active: torch.Tensor
+) -> Gate:
+    """Mean square z over each local expert's tokens. Tokens are independent, so limits tighten with their number."""
+    excess, names = [], []
+    for expert, span in expert_spans(trace.permutation.expert_offsets):
+        tokens = trace.permutation.permuted_idx_to_token_idx[span]
+        at = torch.searchsorted(active, tokens[torch.isin(tokens, active)])
+        if len(at):
+            excess.append((square[at].mean() / _mean_limit(spread[at], heavy[at], bound)).sqrt())
+            names.append(expert)
+    return _worst(torch.stack(excess), torch.tensor(names))
+
+
+def _blocks(block_square: torch.Tensor, noise: Noise, trace: Trace, active: torch.Tensor, bound: float) -> Gate:
+    """Mean square z over each 128-block of columns.
+
+    Scales that differ may leave one 128-block of I, of one expert, behind a block of columns: the errors that are
+    effective there are taken as that many times fewer, and the largest one as that many times larger.
+    """
+    rows = torch.bincount(trace.permutation.permuted_idx_to_token_idx, minlength=len(trace.unrounded))[active]
+    fewer = (rows * trace.swiglu_out.shape[1] // BLOCK).clamp(min=1)
+    freedom = (noise.freedom[active].double() / fewer).clamp(min=1)
+    spread = _square_variance(noise.sources) / freedom + 2 / BLOCK
+    heavy = (3 * noise.sources - 1) * SIGMAS**2 / 6 * (noise.largest[active].double() * fewer).clamp(max=1)
+    limit = _mean_limit(spread, heavy, bound + SIGMAS * (2 / BLOCK) ** 0.5)
+    excess = (block_square.mean(0) / limit).sqrt()
+    return _worst(excess, torch.arange(len(excess)))
 
 
 def _square_variance(sources: int) -> float:

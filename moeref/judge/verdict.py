@@ -139,15 +139,25 @@ def judge(
     blind = vacuity(inputs, trace).blind
     measured = replace(measured, ambiguous_tokens=ambiguous, other_choice_tokens=other, blind=blind)
     found.append(checks.matched(measured.matched[criterion.name], criterion))
-    name, was_found = "", False
+    name, was_found, behaves = "", False, ""
     if len(active):
         name, was_found, fits = _fit_recipe(outputs, known, recipe)
         worst = max(fits, key=lambda one: (not one.passed, one.rows.value))
         found += checks.noise(worst, name)
+        behaves = "" if was_found or worst.passed else _behaves_like(outputs, known, name)
         measured = replace(measured, noise_z=worst.overall.value)
     silent = not (trace.output.numel() and float(trace.output.abs().max()))
     vacuous = _why_vacuous(measured) if silent else ""
-    return _conclude(problem, found, name, was_found, measured, matched_ratio_alone, vacuous)
+    verdict = _conclude(problem, found, name, was_found, measured, matched_ratio_alone, vacuous)
+    return replace(verdict, message=f"{verdict.message}; {behaves}") if behaves and verdict.message else verdict
+
+
+def _behaves_like(outputs: list[torch.Tensor], known: Known, declared: str) -> str:
+    """What a candidate that does not fit its declared recipe fits instead; '' where it fits none."""
+    name, _, fits = _fit_recipe(outputs, known, AUTO)
+    if name == declared or not all(one.passed for one in fits):
+        return ""
+    return f"it does not keep its declared recipe {declared}, but behaves like {name}: declare that if it is meant"
 
 
 def _base(inputs: Inputs, trace: Trace) -> Figures:
