@@ -21,6 +21,9 @@ from moeref.make import make_inputs
 from moeref.reference import moe
 from moeref.spec import Problem, Recipe, SpecError
 
+LEAST_START = 30.0
+"""Seconds that importing a candidate, and compiling in its first call, may take however short a call's limit is."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -44,6 +47,11 @@ class Options:
         if not self.timeout > 0:
             raise SpecError(f"timeout={self.timeout}: expected more than 0 seconds")
 
+    def runner(self, candidate: str) -> Runner:
+        """A runner of the candidate under these options."""
+        starting = max(self.timeout, LEAST_START)
+        return Runner(candidate, self.device, timeout=self.timeout, isolate=self.isolate, load_timeout=starting)
+
     def repeat(self, candidate: str, problem: Problem) -> str:
         """The command line that judges this one problem again, the same way."""
         words = ["moeref", "verify", candidate, "--problem", problem.name]
@@ -55,6 +63,8 @@ class Options:
             words += ["--criterion", "matched-ratio"]
         if self.preset != "published":
             words += ["--preset", self.preset]
+        if self.timeout != Options.timeout:
+            words += ["--timeout", f"{self.timeout:g}"]
         if self.trials != 1:
             words += ["--trials", str(self.trials)]
         if not self.isolate:
@@ -81,7 +91,7 @@ def verify(candidate: str, problems: Sequence[tuple[str, Problem]], options: Opt
     One worker process serves all problems and is started again after it died. Raises SpecError for a problem of an
     unknown kind, and moeref.interop.candidates.CandidateError where the candidate can't be found at all.
     """
-    with Runner(candidate, device=options.device, timeout=options.timeout, isolate=options.isolate) as runner:
+    with options.runner(candidate) as runner:
         for label, problem in problems:
             yield judge_one(runner, candidate, label, problem, options)
 
@@ -120,7 +130,7 @@ def diagnose(candidate: str, problems: Sequence[Problem], options: Options) -> I
 
     Yields nothing for a candidate that does not run there: `verify` says why. Raises as verify.
     """
-    with Runner(candidate, device=options.device, timeout=options.timeout, isolate=options.isolate) as runner:
+    with options.runner(candidate) as runner:
         for problem in problems:
             first = runner.run(make_inputs(problem))
             if first.status != "ok":
@@ -128,7 +138,10 @@ def diagnose(candidate: str, problems: Sequence[Problem], options: Options) -> I
             call = IsolatedCall(runner)
             recipe = first.recipe if options.recipe == AUTO else options.recipe
             repeat = options.repeat(candidate, problem) + " --diagnose"
-            laws = run_laws(call, problem, device=options.device, recipe=recipe, deterministic=first.deterministic)
+            inexact = frozenset(name.strip() for name in first.inexact.split(",") if name.strip())
+            laws = run_laws(
+                call, problem, device=options.device, recipe=recipe, deterministic=first.deterministic, inexact=inexact
+            )
             yield from (Diagnosis("law", finding, repeat) for finding in laws)
             readouts = run_readouts(call, problem, device=options.device)
             yield from (Diagnosis("readout", finding, repeat) for finding in readouts)

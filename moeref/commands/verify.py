@@ -53,7 +53,9 @@ def verify(
         str, typer.Option(help="Thresholds of the matched ratio: published, contest or default.")
     ] = "published",
     trials: Annotated[int, typer.Option(help="Run each problem this often; every output must pass.")] = 1,
-    timeout: Annotated[float, typer.Option(help="Seconds that one call may take.")] = 300.0,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds for one call; the first one gets twice that, at least 30 more, to compile.")
+    ] = 300.0,
     isolate: Isolate = True,
     diagnose: Annotated[
         bool, typer.Option("--diagnose", help="Run the laws and read-outs too; --small does so by itself.")

@@ -42,7 +42,7 @@ BUNDLED = {"moe_fast": "moe_fast.backends:candidates"}
 OBVIOUS = ("run", "kernel", "moe")
 """Function names looked for when a file is given without one."""
 
-DECLARABLE = ("recipe", "deterministic", "destination_passing", "summary")
+DECLARABLE = ("recipe", "deterministic", "destination_passing", "inexact", "summary")
 """Keys of a MOEREF dict."""
 
 NUM_INPUTS = 10
@@ -78,6 +78,9 @@ class Candidate:
     destination_passing: bool | None = None
     takes_geometry: bool | None = None  # n_group, topk_group and top_k are passed by keyword
     unsupported: Callable[[Geometry, torch.device], str | None] = runs_anywhere  # why it can't run there, or None
+    inexact: str = (
+        ""  # laws, comma-separated, that are judged by noise and not bit for bit, e.g. "permutation,duplicates"
+    )
     summary: str = ""
     resolve: Callable[[Geometry, torch.device], Candidate] | None = None  # for one that stands for others: its pick
 

@@ -33,6 +33,7 @@ class CandidateRun:
     overwritten_result: bool = False  # a call wrote to, or returned, the memory of the result before
     recipe: str = "auto"  # declared
     deterministic: bool = False  # declared
+    inexact: str = ""  # declared: laws that are not kept bit for bit, comma-separated
     seconds: list[float] = field(default_factory=list)  # each call, until the device is done
     notes: list[str] = field(default_factory=list)  # worth saying, but no fault
     printed: str = ""  # the last lines on stdout and stderr, on failure; empty in-process
@@ -90,7 +91,7 @@ def observe(
     announce   is told each stage: 'preparing', 'call N', 'checking call N'.
     Raises nothing that the candidate raises; KeyboardInterrupt passes.
     """
-    run = CandidateRun(recipe=candidate.recipe, deterministic=candidate.deterministic)
+    run = CandidateRun(recipe=candidate.recipe, deterministic=candidate.deterministic, inexact=candidate.inexact)
     stage = "preparing"
 
     def enter(name: str) -> None:

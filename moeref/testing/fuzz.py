@@ -68,7 +68,7 @@ def fuzz(
     result = FuzzResult()
     kept = database / f"{_file_name(candidate)}.txt" if database else None
     strategy = problems(None if geometry is None else st.just(geometry), most_tokens)
-    with Runner(candidate, device=options.device, timeout=options.timeout, isolate=options.isolate) as runner:
+    with options.runner(candidate) as runner:
         _try_again(runner, candidate, options, kept, result, progress)
         batch = 0
         while result.failure is None and not _over(result, examples, deadline):
