@@ -246,3 +246,9 @@ def test_candidates_py_brings_no_torch() -> None:
 
     code = "import sys; sys.modules['torch'] = None; import moeref.interop.candidates, moeref.interop.solution"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_laws_can_be_declared_inexact(tmp_path: Path) -> None:
+    file = tmp_path / "kernel.py"
+    file.write_text('MOEREF = {"inexact": "permutation,duplicates"}\n\ndef run(*ten): ...\n')
+    assert load(f"{file}:run").inexact == "permutation,duplicates"

@@ -78,9 +78,7 @@ class Candidate:
     destination_passing: bool | None = None
     takes_geometry: bool | None = None  # n_group, topk_group and top_k are passed by keyword
     unsupported: Callable[[Geometry, torch.device], str | None] = runs_anywhere  # why it can't run there, or None
-    inexact: str = (
-        ""  # laws, comma-separated, that are judged by noise and not bit for bit, e.g. "permutation,duplicates"
-    )
+    inexact: str = ""  # laws judged by noise, not bit for bit; comma-separated, e.g. "permutation,duplicates"
     summary: str = ""
     resolve: Callable[[Geometry, torch.device], Candidate] | None = None  # for one that stands for others: its pick
 
