@@ -20,6 +20,12 @@ UNIT = np.float32(2.0**-FIXED_POINT)
 Routing = tuple[F32, F32]
 ROUTINGS: dict[str, Callable[[Problem], Routing]] = {}
 
+ELSEWHERE: dict[str, Callable[[Problem], Routing]] = {}
+"""Kinds that a data set brings: known by name, drawn by no suite or fuzzer. moeref.interop.fib adds captured_DIGEST."""
+
+CAPTURED = "captured_"
+"""What the name of a kind that was read from a file starts with; the digest of its tensors follows."""
+
 
 def _kind(draw: Callable[[Problem], Routing]) -> Callable[[Problem], Routing]:
     ROUTINGS[draw.__name__] = draw
@@ -28,10 +34,21 @@ def _kind(draw: Callable[[Problem], Routing]) -> Callable[[Problem], Routing]:
 
 def draw_routing(problem: Problem) -> Routing:
     """The problem's logits [T, E] and bias [E], both float32. Raises SpecError for an unknown or impossible kind."""
-    if problem.routing not in ROUTINGS:
-        raise SpecError(f"unknown routing kind '{problem.routing}': expected one of {', '.join(ROUTINGS)}")
-    logits, bias = ROUTINGS[problem.routing](problem)
+    logits, bias = routing_kind(problem.routing)(problem)
     return logits.astype(np.float32, copy=False), _bf16(bias)
+
+
+def routing_kind(name: str) -> Callable[[Problem], Routing]:
+    """What draws, or has read, the kind of that name. Raises SpecError for an unknown one."""
+    found = ROUTINGS.get(name) or ELSEWHERE.get(name)
+    if found is not None:
+        return found
+    if name.startswith(CAPTURED):
+        raise SpecError(
+            f"routing kind '{name}' is read from files: name the data set or the safetensors file that holds it with "
+            "--routing-from"
+        )
+    raise SpecError(f"unknown routing kind '{name}': expected one of {', '.join(ROUTINGS)}")
 
 
 def _normals(problem: Problem, field: int, *shape: int) -> F32:
@@ -194,3 +211,11 @@ def skewed(problem: Problem) -> Routing:
     order = Stream(problem.seed, ORDER).permutation(problem.geometry.num_experts).astype(np.float32)
     slope = np.float32(3.0) * (np.float32(1.0) - order / np.float32(problem.geometry.num_experts))
     return _logit_noise(problem) * np.float32(0.75) + slope - np.float32(1.5), np.zeros_like(order)
+
+
+def fib_random(problem: Problem) -> Routing:
+    """As FlashInfer-Bench draws inputs of type 'random': logits N(0, 1), bias N(0, 1) rounded towards zero."""
+    return _logit_noise(problem), _normals(problem, BIAS, problem.geometry.num_experts)
+
+
+ELSEWHERE["fib_random"] = fib_random

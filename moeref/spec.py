@@ -165,7 +165,7 @@ class Problem:
     geometry: Geometry
     seq_len: int  # T, 0 allowed
     offset: int  # local_expert_offset: first expert of this rank; experts outside 0..E-1 are skipped
-    routing: str  # a name of moeref.routings.ROUTINGS
+    routing: str  # a name of moeref.routings.ROUTINGS or ELSEWHERE
     values: str  # a name of moeref.values.VALUES
     seed: int
     factor: float = DEFAULT_SCALING  # routed_scaling_factor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from moeref.diagnose.laws import run_laws
 from moeref.diagnose.readout import run_readouts
 from moeref.diagnose.result import Finding
+from moeref.inputs import Inputs
 from moeref.interop.isolated_call import IsolatedCall
 from moeref.interop.runner import CandidateRun, Runner
 from moeref.interop.shared_inputs import SharedInputs
@@ -19,6 +20,7 @@ from moeref.judge.compare import CRITERIA
 from moeref.judge.verdict import AUTO, ERROR, FAIL, INCONCLUSIVE, PASS, Figures, Verdict, judge
 from moeref.make import make_inputs
 from moeref.reference import moe
+from moeref.routings import CAPTURED
 from moeref.spec import Problem, Recipe, SpecError
 
 LEAST_START = 30.0
@@ -57,6 +59,8 @@ class Options:
         words = ["moeref", "verify", candidate, "--problem", problem.name]
         if self.device != "cpu":
             words += ["--device", self.device]
+        if self.routing_from and problem.routing.startswith(CAPTURED):
+            words += ["--routing-from", self.routing_from]
         if self.recipe != AUTO:
             words += ["--recipe", self.recipe]
         if self.matched_ratio_alone:
@@ -96,17 +100,28 @@ def verify(candidate: str, problems: Sequence[tuple[str, Problem]], options: Opt
             yield judge_one(runner, candidate, label, problem, options)
 
 
-def judge_one(runner: Runner, candidate: str, label: str, problem: Problem, options: Options) -> Outcome:
-    """One problem's outcome, through a runner that is already open on `candidate`."""
+def judge_one(
+    runner: Runner,
+    candidate: str,
+    label: str,
+    problem: Problem,
+    options: Options,
+    make: Make = make_inputs,
+    repeat: str = "",
+) -> Outcome:
+    """One problem's outcome, through a runner that is already open on `candidate`.
+
+    repeat: the command that repeats it; default that of the problem's name, which makes the inputs as make_inputs does.
+    """
     start = time.perf_counter()
-    verdict, run = _one(runner, problem, options)
+    verdict, run = _one(runner, problem, options, make)
     return Outcome(
         label=label,
         verdict=verdict,
         preset=options.preset,
         seconds=time.perf_counter() - start,
         call_seconds=tuple(run.seconds) if run else (),
-        repeat=options.repeat(candidate, problem),
+        repeat=repeat or options.repeat(candidate, problem),
         traceback=run.traceback if run else "",
     )
 
@@ -131,6 +146,7 @@ def diagnose(candidate: str, problems: Sequence[Problem], options: Options) -> I
     Yields nothing for a candidate that does not run there: `verify` says why. Raises as verify.
     """
     with options.runner(candidate) as runner:
+        cause=run.cause if run else "",
         for problem in problems:
             first = runner.run(make_inputs(problem))
             if first.status != "ok":
@@ -147,9 +163,9 @@ def diagnose(candidate: str, problems: Sequence[Problem], options: Options) -> I
             yield from (Diagnosis("readout", finding, repeat) for finding in readouts)
 
 
-def _one(runner: Runner, problem: Problem, options: Options) -> tuple[Verdict, CandidateRun | None]:
+def _one(runner: Runner, problem: Problem, options: Options, make: Make) -> tuple[Verdict, CandidateRun | None]:
     with SharedInputs() as shared:
-        inputs = make_inputs(problem, allocate=shared.allocate)
+        inputs = make(problem, allocate=shared.allocate)
         run = runner.run(shared.describe(inputs), trials=options.trials)
         try:
             placed = inputs.to(options.device)

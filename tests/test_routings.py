@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -275,3 +276,19 @@ def test_skewed_makes_runs_of_very_different_length(name: str) -> None:
     quartile = len(counts) // 4
     ordered = counts.sort().values.float()
     assert ordered[-quartile:].mean() > 8 * ordered[:quartile].mean()
+
+
+def test_fib_random_is_known_by_name_and_drawn_by_no_suite() -> None:
+    problem = Problem(PRESETS["dsv3"], 64, 0, "fib_random", "published", 0)
+    logits, bias = draw_routing(problem)
+    for drawn_values in (logits, bias):  # 16,384 and 256 draws of N(0, 1): six standard errors
+        assert abs(float(drawn_values.std()) - 1) < 6 / math.sqrt(2 * drawn_values.size)
+        assert abs(float(drawn_values.mean())) < 6 / math.sqrt(drawn_values.size)
+    assert "fib_random" not in ROUTINGS
+    later = draw_routing(replace(problem, seq_len=3))
+    assert np.array_equal(later[0], logits[:3]) and np.array_equal(later[1], bias)
+
+
+def test_a_captured_kind_that_was_not_read_says_how_to_give_its_files() -> None:
+    with pytest.raises(SpecError, match=r"read from files.*--routing-from"):
+        draw_routing(Problem(PRESETS["small"], 4, 0, "captured_0123456789abcdef", "published", 0))

@@ -153,11 +153,10 @@ def _problems(
 
 def _check_kinds(problems: list[Problem]) -> None:
     """Raise SpecError for unknown kinds before the first problem runs."""
-    from moeref.routings import ROUTINGS
+    from moeref.routings import routing_kind
     from moeref.values import VALUES
 
     for problem in problems:
-        if problem.routing not in ROUTINGS:
-            raise SpecError(f"unknown routing kind '{problem.routing}': expected one of {', '.join(ROUTINGS)}")
+        routing_kind(problem.routing)
         if problem.values not in VALUES:
             raise SpecError(f"unknown value kind '{problem.values}': expected one of {', '.join(VALUES)}")

@@ -37,6 +37,7 @@ class CandidateRun:
     seconds: list[float] = field(default_factory=list)  # each call, until the device is done
     notes: list[str] = field(default_factory=list)  # worth saying, but no fault
     printed: str = ""  # the last lines on stdout and stderr, on failure; empty in-process
+    cause: str = ""  # of an error: 'import' or 'timeout' where it was that, else ''
 
 
 class Misbehaved(Exception):

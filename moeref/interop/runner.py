@@ -119,7 +119,7 @@ class Runner:
             try:
                 self._loaded = load(self.candidate, Path(self._scratch()))
             except CandidateBroken as error:
-                self._unloadable = CandidateRun("error", str(error), error.traceback)
+                self._unloadable = CandidateRun("error", str(error), error.traceback, cause="import")
                 return self._unloadable
         return observe(
             self._loaded,
@@ -176,6 +176,7 @@ class Runner:
             if isinstance(error, _TimedOut):
                 message += "; its process was killed. --timeout sets the limit"
             run = CandidateRun("error", message, _with_print("", printed), printed=printed, **self._declared)
+            run.cause = "timeout" if isinstance(error, _TimedOut) else ""
             self._declared = {}
             if doing == "importing the candidate":
                 self._unloadable = run
@@ -183,7 +184,7 @@ class Runner:
         except _Broken as error:
             printed = self._worker.last_lines() if self._worker is not None else ""
             details = _with_print(error.traceback, printed)
-            self._unloadable = CandidateRun("error", str(error), details, printed=printed)
+            self._unloadable = CandidateRun("error", str(error), details, printed=printed, cause="import")
             return self._unloadable
         finally:
             outputs.close()

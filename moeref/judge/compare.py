@@ -48,6 +48,17 @@ def matched_per_token(output: torch.Tensor, reference: torch.Tensor, criterion: 
     return torch.cat(shares) if shares else torch.empty(0, dtype=torch.float64)
 
 
+def largest_errors(output: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
+    """(largest abs, largest abs / (|ref| + 1e-8)) over all elements, as FlashInfer-Bench reports them; NaN where the
+    output holds one."""
+    largest = torch.zeros(2, device=reference.device)
+    for out, ref in zip(chunks(output), chunks(reference), strict=True):
+        error = (out.float() - ref.float()).abs()
+        pair = torch.stack([error.max(), (error / (ref.float().abs() + 1e-8)).max()])
+        largest = torch.maximum(largest, pair)
+    return float(largest[0]), float(largest[1])
+
+
 def row_errors(output: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """||out - ref|| / ||ref|| of each row, [T] float64: 0 where both are zero, inf where only ref is."""
     errors = []

@@ -11,7 +11,7 @@ import torch
 from moeref.inputs import Inputs
 from moeref.judge import checks
 from moeref.judge.checks import Check
-from moeref.judge.compare import CRITERIA, Criterion, matched_per_token, row_errors
+from moeref.judge.compare import CRITERIA, Criterion, largest_errors, matched_per_token, row_errors
 from moeref.judge.noise import Fit, Noise, fit, output_noise
 from moeref.judge.recipes import Emulations, emulate, nearest_recipes
 from moeref.judge.ties import adopt
@@ -48,6 +48,8 @@ class Figures:
     matched: dict[str, float] = field(default_factory=dict)  # criterion -> matched ratio over all elements
     matched_active: dict[str, float] = field(default_factory=dict)  # the same over active tokens alone
     matched_worst_token: float | None = None  # of the judged criterion
+    max_absolute_error: float | None = None  # over all elements
+    max_relative_error: float | None = None  # abs / (|ref| + 1e-8)
     worst_row: float | None = None  # largest relative error of an active row
     worst_row_token: int | None = None
     median_row: float | None = None
@@ -242,7 +244,15 @@ def _measure(
             matched_active[one.name] = min(float(share[active].mean()) for share in per_token)
             if one.name == criterion.name:
                 worst_token = min(float(share[active].min()) for share in per_token)
-    measured = replace(base, matched=matched, matched_active=matched_active, matched_worst_token=worst_token)
+    errors_of = torch.tensor([largest_errors(output, reference) for output in outputs]).amax(0)
+    measured = replace(
+        base,
+        matched=matched,
+        matched_active=matched_active,
+        matched_worst_token=worst_token,
+        max_absolute_error=float(errors_of[0]),
+        max_relative_error=float(errors_of[1]),
+    )
     if len(active):
         errors = torch.stack([row_errors(output[active], reference[active]) for output in outputs]).amax(0)
         errors = errors.nan_to_num(nan=torch.inf)
