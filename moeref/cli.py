@@ -8,6 +8,7 @@ import typer
 
 from moeref.commands.faults import faults
 from moeref.commands.fuzz import fuzz
+from moeref.commands.golden import golden
 from moeref.commands.look import backends, show
 from moeref.commands.verify import verify
 
@@ -29,6 +30,7 @@ def _root() -> None:
 
 for command in (verify, fuzz, faults, show, backends):
     app.command()(command)
+app.add_typer(golden, name="golden")
 
 
 def main() -> None:
