@@ -38,6 +38,7 @@ class Options:
     trials: int = 1
     timeout: float = 300.0  # seconds for one call of the candidate
     isolate: bool = True
+    routing_from: str = ""  # where routing kinds that are read from files were found; only repeated, not opened
 
     def __post_init__(self) -> None:
         if self.preset not in CRITERIA:
@@ -57,10 +58,10 @@ class Options:
     def repeat(self, candidate: str, problem: Problem) -> str:
         """The command line that judges this one problem again, the same way."""
         words = ["moeref", "verify", candidate, "--problem", problem.name]
-        if self.device != "cpu":
-            words += ["--device", self.device]
         if self.routing_from and problem.routing.startswith(CAPTURED):
             words += ["--routing-from", self.routing_from]
+        if self.device != "cpu":
+            words += ["--device", self.device]
         if self.recipe != AUTO:
             words += ["--recipe", self.recipe]
         if self.matched_ratio_alone:
@@ -87,6 +88,11 @@ class Outcome:
     call_seconds: tuple[float, ...]  # each call of the candidate
     repeat: str
     traceback: str = ""
+    cause: str = ""  # of an ERROR: 'import' or 'timeout' where it was that, else ''
+
+
+Make = Callable[..., Inputs]
+"""Called as make_inputs is, make(problem, allocate=...): a data set may replace tensors by those of its files."""
 
 
 def verify(candidate: str, problems: Sequence[tuple[str, Problem]], options: Options) -> Iterator[Outcome]:
@@ -123,6 +129,7 @@ def judge_one(
         call_seconds=tuple(run.seconds) if run else (),
         repeat=repeat or options.repeat(candidate, problem),
         traceback=run.traceback if run else "",
+        cause=run.cause if run else "",
     )
 
 
@@ -146,7 +153,6 @@ def diagnose(candidate: str, problems: Sequence[Problem], options: Options) -> I
     Yields nothing for a candidate that does not run there: `verify` says why. Raises as verify.
     """
     with options.runner(candidate) as runner:
-        cause=run.cause if run else "",
         for problem in problems:
             first = runner.run(make_inputs(problem))
             if first.status != "ok":
