@@ -26,17 +26,21 @@ def zeros(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor
     )
 
 
-def make_inputs(problem: Problem, experts: str = "hit", allocate: Allocate = zeros) -> Inputs:
+def make_inputs(
+    problem: Problem, experts: str = "hit", allocate: Allocate = zeros, routed_as: Problem | None = None
+) -> Inputs:
     """The problem's ten inputs on the CPU.
 
     experts   'hit': weights only of local experts that a token chose, the others stay zero and cost no memory;
               'all': of every local expert. Scales are drawn for all. A local slot outside 0..E-1 stays zero.
     allocate  called once a tensor with (name, shape, dtype); must return zeroed memory on the CPU.
+    routed_as the problem that logits and bias are drawn for, by default this one. Some routing kinds aim at the shard:
+              the shards of one layer have to see the same tokens.
     Raises SpecError for an unknown kind.
     """
     g = problem.geometry
     tensors = {name: allocate(name, *layout) for name, layout in expected_layout(g, problem.seq_len).items()}
-    logits, bias = draw_routing(problem)
+    logits, bias = draw_routing(routed_as or problem)
     tensors["routing_logits"].copy_(torch.from_numpy(logits))
     tensors["routing_bias"].copy_(torch.from_numpy(bias))  # exact: the kinds return bfloat16 values
     payload, scale = draw_hidden(problem)

@@ -39,6 +39,7 @@ class Options:
     timeout: float = 300.0  # seconds for one call of the candidate
     isolate: bool = True
     routing_from: str = ""  # where routing kinds that are read from files were found; only repeated, not opened
+    shards: int | None = None  # all shards of the layer are run and added: this many, 0 for E / L of the problem
 
     def __post_init__(self) -> None:
         if self.preset not in CRITERIA:
@@ -74,7 +75,22 @@ class Options:
             words += ["--trials", str(self.trials)]
         if not self.isolate:
             words += ["--no-isolate"]
+        if self.shards is not None:
+            words += ["--ep"] + (["--shards", str(self.shards)] if self.shards else [])
         return shlex.join(words)
+
+
+@dataclass(frozen=True)
+class ShardVerdict:
+    """One expert-parallel shard's own verdict, beside that of the sum over all shards."""
+
+    shard: int
+    experts: tuple[int, int]  # first and last global id
+    rank: int  # the process that ran it
+    verdict: Verdict
+    sign: str  # what it does wrong: 'missing', 'doubled', 'shifted', 'extra', 'scaled', 'other'; '' for nothing
+    detail: str  # the sign in one phrase
+    call_seconds: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -89,6 +105,7 @@ class Outcome:
     repeat: str
     traceback: str = ""
     cause: str = ""  # of an ERROR: 'import' or 'timeout' where it was that, else ''
+    shards: tuple[ShardVerdict, ...] = ()  # under --ep
 
 
 Make = Callable[..., Inputs]
