@@ -298,7 +298,7 @@ def _runs(pid: int) -> bool:
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks processes up in /proc")
 def test_the_worker_ends_when_its_parent_dies(case: Case) -> None:
     code = (
-        "import os\nfrom moeref.interop.runner import Runner, _Worker\n"
+        "import os\nfrom moeref.interop.runner import Runner\n"
         f"runner = Runner({str(case.file) + ':hangs'!r})\nrunner.__enter__()\n"
         "runner._worker.receive(60)\nprint(runner._worker._process.pid, flush=True)\nos._exit(0)\n"
     )

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import mmap
-import os
-import selectors
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,25 +13,12 @@ import torch
 
 from moeref.inputs import Inputs
 from moeref.interop.candidates import Candidate, CandidateBroken, CandidateError, load, locate
+from moeref.interop.child import Child, Died, TimedOut
 from moeref.interop.observe import CandidateRun, observe
 from moeref.interop.shared_inputs import Description, Place, SharedFile, SharedInputs, open_shared
 from moeref.judge.checks import POISONS
 
 __all__ = ["CandidateRun", "Runner"]
-
-TAIL_LINES = 20
-"""Lines of what a candidate printed last that a failure carries."""
-
-TAIL_BYTES = 1 << 16
-
-START = """
-import json, sys
-sys.path[:] = json.loads(sys.argv.pop(1))
-command_fd, reply_fd = (int(fd) for fd in sys.argv[1:])
-del sys.argv[1:]
-from moeref.interop.worker import main
-main(command_fd, reply_fd)
-"""  # the child finds modules where this process does
 
 
 class Runner:
@@ -65,7 +44,7 @@ class Runner:
         self.isolate = isolate
         self.load_timeout = load_timeout
         self._folder: str | None = None  # for what the candidate's loading writes
-        self._worker: _Worker | None = None
+        self._worker: Child | None = None
         self._called = False  # the worker has made a call
         self._declared: dict[str, Any] = {}
         self._unloadable: CandidateRun | None = None  # importing failed: it would again
@@ -169,14 +148,14 @@ class Runner:
             if not reply["usable"]:
                 self._stop()
             return run
-        except (_Died, _TimedOut) as error:
+        except (Died, TimedOut) as error:
             printed = self._worker.last_lines() if self._worker is not None else ""
             self._stop()
             message = f"{doing}: {error}"
-            if isinstance(error, _TimedOut):
+            if isinstance(error, TimedOut):
                 message += "; its process was killed. --timeout sets the limit"
             run = CandidateRun("error", message, _with_print("", printed), printed=printed, **self._declared)
-            run.cause = "timeout" if isinstance(error, _TimedOut) else ""
+            run.cause = "timeout" if isinstance(error, TimedOut) else ""
             self._declared = {}
             if doing == "importing the candidate":
                 self._unloadable = run
@@ -189,7 +168,7 @@ class Runner:
         finally:
             outputs.close()
 
-    def _load(self, worker: _Worker) -> None:
+    def _load(self, worker: Child) -> None:
         folder = tempfile.mkdtemp(dir=self._scratch())
         worker.send({"do": "load", "candidate": self.candidate, "folder": folder, "device": str(self.device)})
         reply = worker.receive(self.load_timeout)
@@ -201,7 +180,7 @@ class Runner:
         self._declared = {"recipe": reply["recipe"], "deterministic": reply["deterministic"]}
 
     def _start(self) -> None:
-        self._worker = _Worker()
+        self._worker = Child()
         self._called, self._declared = False, {}
 
     def _stop(self) -> None:
@@ -215,14 +194,6 @@ class Runner:
         return self._folder
 
 
-class _Died(Exception):
-    """The worker ended by itself; says how."""
-
-
-class _TimedOut(Exception):
-    """The worker did not answer in time."""
-
-
 class _Broken(Exception):
     """Importing the candidate raised."""
 
@@ -233,120 +204,3 @@ class _Broken(Exception):
 
 def _with_print(details: str, printed: str) -> str:
     return details + (f"--- printed last ---\n{printed}\n" if printed else "")
-
-
-class _Worker:
-    """One child process, its two pipes, and the end of what it printed."""
-
-    def __init__(self) -> None:
-        command_read, self._commands = os.pipe()
-        self._replies, reply_write = os.pipe()
-        self.printed = b""
-        self._received = b""
-        self._closed = False  # the reply pipe
-        self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-c",
-                START,
-                json.dumps([str(entry) for entry in sys.path]),
-                str(command_read),
-                str(reply_write),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            pass_fds=(command_read, reply_write),
-            start_new_session=True,  # a process group of its own, which can be killed as one
-        )
-        os.close(command_read)
-        os.close(reply_write)
-        assert self._process.stdout is not None
-        self._output = self._process.stdout.fileno()
-        self._selector = selectors.DefaultSelector()
-        for fd in (self._replies, self._output):
-            os.set_blocking(fd, False)
-            self._selector.register(fd, selectors.EVENT_READ)
-
-    def alive(self) -> bool:
-        """Whether the process runs."""
-        return self._process.poll() is None
-
-    def send(self, command: dict[str, Any]) -> None:
-        """Raises _Died."""
-        line = json.dumps(command).encode() + b"\n"
-        try:
-            while line:
-                line = line[os.write(self._commands, line) :]
-        except BrokenPipeError:
-            raise self._death() from None
-
-    def receive(self, limit: float) -> dict[str, Any]:
-        """The next reply. Raises _Died, or _TimedOut after `limit` seconds."""
-        deadline = time.monotonic() + limit
-        while b"\n" not in self._received:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise _TimedOut(f"no end after {limit:g} s")
-            self._selector.select(min(left, 0.25))
-            ended = not self.alive()  # asked before reading: what it wrote before its end is read below
-            self._drain()
-            if b"\n" not in self._received and (ended or self._closed):
-                raise self._death()
-        line, _, self._received = self._received.partition(b"\n")
-        try:
-            reply = json.loads(line)
-        except ValueError:
-            raise _Died("it wrote into the pipe between moeref and its process") from None
-        assert isinstance(reply, dict)
-        return reply
-
-    def _drain(self) -> None:
-        """Read what is there to read."""
-        for fd in [key.fd for key in self._selector.get_map().values()]:
-            data, count = b"?", 0
-            while data and count < 64:  # a candidate that prints without end must not keep us here
-                count += 1
-                try:
-                    data = os.read(fd, TAIL_BYTES)
-                except BlockingIOError:
-                    break
-                if fd == self._replies:
-                    self._received += data
-                else:
-                    self.printed = (self.printed + data)[-TAIL_BYTES:]
-            if not data:
-                self._selector.unregister(fd)
-                self._closed |= fd == self._replies
-
-    def _death(self) -> _Died:
-        try:
-            code = self._process.wait(timeout=2)
-        except subprocess.TimeoutExpired:
-            return _Died("it closed the pipe between moeref and its process")
-        self._drain()
-        if code >= 0:
-            return _Died(f"its process ended with exit code {code} (os._exit or the like)")
-        name = signal.Signals(-code).name
-        what = signal.strsignal(-code) or ""
-        hint = ": most likely the system ran out of memory" if name == "SIGKILL" else ""
-        return _Died(f"its process was ended by {name} ({what.lower()}){hint}")
-
-    def last_lines(self) -> str:
-        """The last lines on stdout and stderr."""
-        self._drain()
-        lines = self.printed.decode(errors="replace").splitlines()[-TAIL_LINES:]
-        return "\n".join(line[:500] for line in lines)
-
-    def kill(self) -> None:
-        """End the process and its group."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.kill()
-        self._process.wait()
-        self._selector.close()
-        os.close(self._commands)
-        os.close(self._replies)
-        if self._process.stdout is not None:
-            self._process.stdout.close()
