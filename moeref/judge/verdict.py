@@ -128,7 +128,7 @@ def judge(
     found = [checks.form(observed.outputs, inputs.seq_len, inputs.geometry.hidden_size)]
     found += checks.conduct(observed)
     if not checks.comparable(observed.outputs, inputs.seq_len, inputs.geometry.hidden_size):
-        return _conclude(problem, found, "", False, base, matched_ratio_alone)
+        return conclude(problem, found, "", False, base, matched_ratio_alone)
     outputs = _different(observed.outputs, trace.unrounded.device)
     trace, ambiguous, other = adopt(inputs, trace, outputs[0])
     if known is None or known.trace is not trace:
@@ -137,7 +137,7 @@ def judge(
     found += checks.written(observed)
     found += checks.repeated(observed)
     found += checks.content(outputs, active)
-    measured = _measure(_base(inputs, trace), outputs, trace.output, active, criterion)
+    measured = measure(_base(inputs, trace), outputs, trace.output, active, criterion)
     blind = vacuity(inputs, trace).blind
     measured = replace(measured, ambiguous_tokens=ambiguous, other_choice_tokens=other, blind=blind)
     found.append(checks.matched(measured.matched[criterion.name], criterion))
@@ -150,7 +150,7 @@ def judge(
         measured = replace(measured, noise_z=worst.overall.value)
     silent = not (trace.output.numel() and float(trace.output.abs().max()))
     vacuous = _why_vacuous(measured) if silent else ""
-    verdict = _conclude(problem, found, name, was_found, measured, matched_ratio_alone, vacuous)
+    verdict = conclude(problem, found, name, was_found, measured, matched_ratio_alone, vacuous)
     return replace(verdict, message=f"{verdict.message}; {behaves}") if behaves and verdict.message else verdict
 
 
@@ -182,7 +182,7 @@ def _why_vacuous(figures: Figures) -> str:
     return "the reference's output is all zero: only that was tested"
 
 
-def _conclude(
+def conclude(
     problem: str,
     found: Sequence[Check],
     recipe: str,
@@ -191,6 +191,7 @@ def _conclude(
     matched_ratio_alone: bool,
     vacuous: str = "",
 ) -> Verdict:
+    """One status and one paragraph from all checks. vacuous: why nothing could be tested; '' where something could."""
     published = ("form", "finite", "matched_ratio")
     failed = [check for check in found if check.passed is False]
     missed: list[Check] = []
@@ -232,7 +233,7 @@ def _octets(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
-def _measure(
+def measure(
     base: Figures, outputs: list[torch.Tensor], reference: torch.Tensor, active: torch.Tensor, criterion: Criterion
 ) -> Figures:
     """Matched ratios and row errors; of several different outputs the worst one counts."""
