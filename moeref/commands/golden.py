@@ -68,13 +68,15 @@ def check(
         from moeref.golden import cases, find
         from moeref.verify import Options
 
-        chosen = find(names, folder) if names else cases(folder, everything)
-        left_out = 0 if names or everything else len(cases(folder, True)) - len(chosen)
+        known = find(names, folder) if names else cases(folder, everything=True)
+        chosen = [case for case in known if names or everything or case.spec.short]
+        chosen = [case for case in chosen if names or not candidate or case.judges_candidates]
+        left_out = [case for case in known if case not in chosen]
         options = Options(usable_device(device) if candidate else "cpu", recipe, timeout=timeout, isolate=isolate)
         raise typer.Exit(_check(chosen, candidate, options, left_out, json))
 
 
-def _check(chosen: list[Case], candidate: str, options: Options, left_out: int, json: Path | None) -> int:
+def _check(chosen: list[Case], candidate: str, options: Options, left_out: list[Case], json: Path | None) -> int:
     from contextlib import nullcontext
 
     from moeref.golden import check_case, text
@@ -86,7 +88,7 @@ def _check(chosen: list[Case], candidate: str, options: Options, left_out: int, 
     who = f"{candidate} on {options.device}" if candidate else "the reference"
     width = max(len(case.name) for case in chosen)
     console.print(f"moeref golden check: {who} on {len(chosen)} cases", markup=False)
-    console.print(text.header(width), style="bold", markup=False)
+    console.print(text.header(width, bool(candidate)), style="bold", markup=False)
     results: list[CaseResult] = []
     with (
         options.runner(candidate) if candidate else nullcontext() as runner,
@@ -97,7 +99,7 @@ def _check(chosen: list[Case], candidate: str, options: Options, left_out: int, 
             progress.update(task, description=case.name)
             result = check_case(case, runner, options)
             results.append(result)
-            console.print(text.line(result, width), style=STYLES[result.status], markup=False)
+            console.print(text.line(result, width, bool(candidate)), style=STYLES[result.status], markup=False)
             for reason in text.reasons(result):
                 console.print(reason, markup=False)
             progress.update(task, advance=1)

@@ -21,7 +21,7 @@ import moeref
 from moeref.golden.catalogue import NAMES, PUBLISHED, SMALL, Spec, spec_of
 from moeref.interop.candidates import near
 from moeref.make import digest
-from moeref.spec import SpecError
+from moeref.spec import EXACT, SpecError
 
 SCHEMA = 1
 """Of the manifest. Another number is refused, not guessed at."""
@@ -68,6 +68,11 @@ class Case:
     def sampled(self) -> bool:
         """Whether only digests, norms and sampled rows are held, not every stage."""
         return self.spec.folder == PUBLISHED
+
+    @property
+    def judges_candidates(self) -> bool:
+        """Whether candidates can be held to it: a case of another recipe holds the reference's own roundings."""
+        return self.spec.recipe == EXACT
 
     def manifest(self) -> dict[str, Any]:
         """The manifest, found whole and untouched. Raises GoldenError."""

@@ -22,7 +22,6 @@ from moeref.judge import checks
 from moeref.judge.compare import CRITERIA
 from moeref.judge.verdict import AUTO, ERROR, FAIL, INCONCLUSIVE, PASS, Verdict, judge
 from moeref.make import make_inputs
-from moeref.spec import EXACT
 from moeref.verify import Options
 
 
@@ -102,7 +101,7 @@ def _candidate(
     case: Case, manifest: dict[str, Any], tensors: dict[str, torch.Tensor], runner: Runner, options: Options
 ) -> tuple[str, list[StageResult], str, Verdict | None]:
     """The candidate judged on the recorded trace; of a published case, on the sampled tokens."""
-    if case.spec.recipe != EXACT:
+    if not case.judges_candidates:
         why = "holds the reference's own roundings: candidates are judged on the cases that round nowhere"
         return INCONCLUSIVE, [], why, None
     whole: list[checks.Check] | None = None  # of a published case: what its whole output shows
@@ -143,12 +142,13 @@ def _whole_output(run: CandidateRun, inputs: Inputs) -> list[checks.Check]:
 
 def _with(verdict: Verdict, whole: list[checks.Check]) -> Verdict:
     """A verdict on the sampled tokens, with what the whole output showed."""
-    failed = [f"{check.name}: {check.detail}" for check in whole if not check.passed]
+    failed = [check for check in whole if not check.passed]
     if not failed:
         return verdict
     names = {check.name for check in whole}
     kept = tuple(check for check in verdict.checks if check.name not in names)
-    message = "; ".join([*failed, *([verdict.message] if verdict.status == FAIL else [])])
+    failed += [check for check in kept if not check.passed]
+    message = "; ".join(f"{check.name}: {check.detail}" for check in failed)
     return replace(verdict, status=FAIL, checks=(*whole, *kept), message=message)
 
 

@@ -14,16 +14,30 @@ SHOWN_STAGES = 6
 """Divergent stages that a failed case spells out."""
 
 
-def header(width: int) -> str:
-    """Column titles above `line`."""
-    return f"{'case':<{width}} {'stages':>7} {'worst':>7} {'status':<12} {'s':>6}"
+def header(width: int, judged: bool) -> str:
+    """Column titles above `line`. judged: of a candidate."""
+    columns = f"{'matched':>7} {'noise z':>8} {'recipe':<18}" if judged else f"{'stages':>7} {'worst':>7}"
+    return f"{'case':<{width}} {columns} {'status':<12} {'s':>6}"
 
 
-def line(result: CaseResult, width: int) -> str:
-    """One line for a case. stages: as recorded, of all looked at; worst: largest difference over its tolerance."""
-    held = f"{len(result.stages) - len(result.diverged)}/{len(result.stages)}" if result.stages else "-"
-    worst = f"{result.worst:.3f}" if result.stages else "-"
-    return f"{result.case:<{width}} {held:>7} {worst:>7} {result.status:<12} {result.seconds:>6.2f}"
+def line(result: CaseResult, width: int, judged: bool) -> str:
+    """One line for a case.
+
+    Of the reference: inputs and stages that are as recorded, of all looked at; the largest difference over its
+    tolerance. Of a candidate: matched ratio, error in units of what its recipe costs, that recipe.
+    """
+    if judged:
+        verdict = result.verdict
+        matched = verdict.figures.matched.get("published") if verdict else None
+        noise = verdict.figures.noise_z if verdict else None
+        ratio = "-" if matched is None else f"{matched:.4f}"
+        z = "-" if noise is None else f"{noise:.3g}"
+        columns = f"{ratio:>7} {z:>8} {(verdict.recipe if verdict else '') or '-':<18}"
+    else:
+        held = f"{len(result.stages) - len(result.diverged)}/{len(result.stages)}" if result.stages else "-"
+        worst = f"{result.worst:.3f}" if result.stages else "-"
+        columns = f"{held:>7} {worst:>7}"
+    return f"{result.case:<{width}} {columns} {result.status:<12} {result.seconds:>6.2f}"
 
 
 def reasons(result: CaseResult) -> list[str]:
@@ -43,8 +57,8 @@ def reasons(result: CaseResult) -> list[str]:
     return lines
 
 
-def summary(results: Sequence[CaseResult], who: str, left_out: int) -> list[str]:
-    """Counts by status; what was compared."""
+def summary(results: Sequence[CaseResult], who: str, left_out: Sequence[Case]) -> list[str]:
+    """Counts by status; what was compared; what was left out, and why."""
     counts = Counter(result.status for result in results)
     shown = ", ".join(f"{number} {status}" for status, number in counts.items())
     lines = [f"{who}: {counts[PASS]} of {len(results)} cases PASS ({shown})" if results else "nothing was checked"]
@@ -55,8 +69,11 @@ def summary(results: Sequence[CaseResult], who: str, left_out: int) -> list[str]
         lines.append(
             f"{stages} inputs and stages compared; largest difference {worst.worst:.3f} of its tolerance ({worst.case})"
         )
-    if left_out:
-        lines.append(f"left for --all: {left_out} published cases")
+    long = [case.name for case in left_out if not case.spec.short]
+    if long:
+        lines.append(f"left for --all: {', '.join(long)}")
+    if len(left_out) > len(long):
+        lines.append(f"{len(left_out) - len(long)} cases hold the reference's own roundings: they judge no candidate")
     return lines
 
 
