@@ -27,9 +27,27 @@ from moeref.interop.candidates import Candidate, CandidateBroken, CandidateError
 from moeref.interop.observe import CandidateRun, failed, observe
 from moeref.interop.shared_inputs import Description, OutputWriter, open_shared
 
+Reply = Callable[..., None]
+"""reply(event, **content) writes one line."""
+
 
 def main(command_fd: int, reply_fd: int) -> None:
     """Serve until the command pipe closes."""
+    commands, reply = channel(command_fd, reply_fd)
+    candidate: Candidate | None = None
+    device = torch.device("cpu")
+    while True:
+        command = commands.get()
+        if command["do"] == "load":
+            device = torch.device(command["device"])
+            candidate = load_candidate(command, reply)
+        else:
+            assert candidate is not None, "run before load"
+            run_candidate(candidate, command, device, reply)
+
+
+def channel(command_fd: int, reply_fd: int) -> tuple[queue.SimpleQueue[dict[str, Any]], Reply]:
+    """(commands as they come, what answers them); 'ready' has been said. The process ends when the pipe closes."""
     for fd in (command_fd, reply_fd):
         os.set_inheritable(fd, False)  # a process that the candidate starts must not hold them open
     faulthandler.enable()
@@ -42,26 +60,29 @@ def main(command_fd: int, reply_fd: int) -> None:
             line = line[os.write(reply_fd, line) :]
 
     reply("ready")
-    candidate: Candidate | None = None
-    device = torch.device("cpu")
-    while True:
-        command = commands.get()
-        if command["do"] == "load":
-            try:
-                device = torch.device(command["device"])
-                candidate = load(command["candidate"], Path(command["folder"]))
-                reply("loaded", recipe=candidate.recipe, deterministic=candidate.deterministic)
-            except CandidateBroken as error:
-                reply("broken", message=str(error), traceback=error.traceback)
-            except CandidateError as error:
-                reply("refused", message=str(error))
-        else:
-            assert candidate is not None, "run before load"
-            writer = OutputWriter(command["outputs"])
-            run = _run(candidate, command, device, writer, reply)
-            run.outputs = []  # they lie in the file
-            outputs = [place.to_json() for place in writer.places]
-            reply("done", run=vars(run), outputs=outputs, usable=_usable(device, run))
+    return commands, reply
+
+
+def load_candidate(command: dict[str, Any], reply: Reply) -> Candidate | None:
+    """Serve the command 'load'."""
+    try:
+        candidate = load(command["candidate"], Path(command["folder"]))
+        reply("loaded", recipe=candidate.recipe, deterministic=candidate.deterministic)
+        return candidate
+    except CandidateBroken as error:
+        reply("broken", message=str(error), traceback=error.traceback)
+    except CandidateError as error:
+        reply("refused", message=str(error))
+    return None
+
+
+def run_candidate(candidate: Candidate, command: dict[str, Any], device: torch.device, reply: Reply) -> None:
+    """Serve the command 'run'."""
+    writer = OutputWriter(command["outputs"])
+    run = _run(candidate, command, device, writer, reply)
+    run.outputs = []  # they lie in the file
+    outputs = [place.to_json() for place in writer.places]
+    reply("done", run=vars(run), outputs=outputs, usable=_usable(device, run))
 
 
 def _run(
@@ -69,7 +90,7 @@ def _run(
     command: dict[str, Any],
     device: torch.device,
     writer: OutputWriter,
-    reply: Callable[..., None],
+    reply: Reply,
 ) -> CandidateRun:
     try:
         opened = open_shared(Description.from_json(command["inputs"]))
