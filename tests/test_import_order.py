@@ -22,6 +22,7 @@ LAYERS = [
     ["diagnose", "interop"],
     ["testing.strategies"],
     ["verify"],
+    ["ranks"],
     ["golden"],
     ["bench", "report", "testing"],
     ["commands"],

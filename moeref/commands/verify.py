@@ -18,10 +18,13 @@ from moeref.commands.common import (
     usable_device,
     usage,
 )
+from moeref.commands.ranks import ExpertParallel, RankLimit, Shards, verify_here, verify_over_ranks, world
 from moeref.spec import Problem, SpecError
 
 if TYPE_CHECKING:
-    from moeref.verify import Options, Outcome
+    from collections.abc import Iterator
+
+    from moeref.verify import Diagnosis, Options, Outcome
 
 
 def verify(
@@ -60,6 +63,9 @@ def verify(
     diagnose: Annotated[
         bool, typer.Option("--diagnose", help="Run the laws and read-outs too; --small does so by itself.")
     ] = False,
+    ep: ExpertParallel = False,
+    shards: Shards = 0,
+    rank_limit: RankLimit = 0,
     json: Annotated[Path | None, typer.Option(help="Write everything measured to this file.")] = None,
     debug: Debug = False,
 ) -> None:
@@ -68,19 +74,37 @@ def verify(
         usage(f"--criterion {criterion}: expected all or matched-ratio")
     if sum((bool(workloads), bool(problem), small, everything)) > 1:
         usage("--workloads, --problem, --small and --all exclude each other: give one")
+    if shards and not ep:
+        usage(f"--shards {shards}: it goes with --ep")
+    if shards < 0 or rank_limit < 0:
+        usage(f"--shards {shards}, --rank-limit {rank_limit:g}: expected 0 or more")
     if json is not None and not json.parent.is_dir():
         usage(f"--json {json}: the folder {json.parent} does not exist")
     with reported(debug):
+        from moeref.interop.candidates import load
         from moeref.suites import DIAGNOSIS
         from moeref.verify import Options
 
         device = usable_device(device)
         problems, left_out = _problems(workloads, problem or [], small, everything, values, seed, device)
         _check_kinds([one for _, one in problems])
-        options = Options(device, recipe, preset, criterion == "matched-ratio", trials, timeout, isolate)
+        cuts = shards if ep else None
+        options = Options(device, recipe, preset, criterion == "matched-ratio", trials, timeout, isolate, shards=cuts)
         probed = [Problem.parse(name) for name in DIAGNOSIS] if small or (diagnose and not problem) else []
         probed += [Problem.parse(name) for name in problem or []] if diagnose else []
-        raise typer.Exit(_verify(candidate, problems, probed, left_out, options, json, debug))
+        if ep:  # laws and read-outs look at one shard: that is for a run without --ep
+            probed = []
+        place = world()
+        label = f"{place.size} ranks" if place else ""
+
+        def judge(outcomes: Iterator[Outcome], found: Iterator[Diagnosis]) -> int:
+            return _verify(candidate, problems, probed, left_out, options, json, debug, outcomes, found, label)
+
+        if not isolate and place is None:
+            load(candidate)  # a wrong name is a usage error, said before anything is computed
+        if place is None:
+            raise typer.Exit(verify_here(candidate, problems, probed, options, judge))
+        raise typer.Exit(verify_over_ranks(place, candidate, problems, probed, options, rank_limit, judge))
 
 
 def _verify(
@@ -91,21 +115,21 @@ def _verify(
     options: Options,
     json: Path | None,
     debug: bool,
+    judged: Iterator[Outcome],
+    diagnosed: Iterator[Diagnosis],
+    ranks: str,
 ) -> int:
-    from moeref.interop.candidates import load
     from moeref.report import machine, text
-    from moeref.verify import diagnose, verify
 
-    if not options.isolate:
-        load(candidate)  # a wrong name is a usage error, said before anything is computed
     console = Console(highlight=False, soft_wrap=True)
     width = max([len(label) for label, _ in problems] + [len("problem")])
-    console.print(f"moeref verify {candidate} on {options.device}, {len(problems)} problems", markup=False)
+    where = f"{options.device}, {ranks}" if ranks else options.device
+    console.print(f"moeref verify {candidate} on {where}, {len(problems)} problems", markup=False)
     console.print(text.header(width), style="bold", markup=False)
     outcomes: list[Outcome] = []
     with progress_bar(console) as progress:
         task = progress.add_task(problems[0][0] if problems else "", total=len(problems))
-        for outcome in verify(candidate, problems, options):
+        for outcome in judged:
             outcomes.append(outcome)
             console.print(text.line(outcome, width), style=text.STYLES[outcome.verdict.status], markup=False)
             for reason in text.reasons(outcome):
@@ -117,7 +141,7 @@ def _verify(
         found = []
         if probed:
             progress.update(task, description="laws and read-outs")
-            for diagnosis in diagnose(candidate, probed, options):
+            for diagnosis in diagnosed:
                 found.append(diagnosis)
                 console.print(text.diagnosis_line(diagnosis), style=text.STYLES[diagnosis.status], markup=False)
                 if diagnosis.status == "FAIL":

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moeref.verify import Diagnosis, Outcome
+from moeref.verify import Diagnosis, Outcome, ShardVerdict
 
 SCHEMA = 1
 
@@ -40,12 +40,30 @@ def to_json(
                 "seconds": outcome.seconds,
                 "call_seconds": list(outcome.call_seconds),
                 "repeat": outcome.repeat,
+                "shards": [_shard(one) for one in outcome.shards],
             }
             for outcome in outcomes
         ],
         "diagnosis": [
             {"kind": one.kind, "status": one.status, "repeat": one.repeat, **asdict(one.finding)} for one in found
         ],
+    }
+
+
+def _shard(one: ShardVerdict) -> dict[str, Any]:
+    verdict = one.verdict
+    return {
+        "shard": one.shard,
+        "experts": list(one.experts),
+        "rank": one.rank,
+        "status": verdict.status,
+        "sign": one.sign,
+        "detail": one.detail,
+        "recipe": verdict.recipe,
+        "message": verdict.message,
+        "failed": list(verdict.failed),
+        "figures": asdict(verdict.figures),
+        "call_seconds": list(one.call_seconds),
     }
 
 

@@ -49,6 +49,10 @@ def reasons(outcome: Outcome) -> list[str]:
         if len(text) > REASON_LENGTH:
             text = text[:REASON_LENGTH] + " ..."
         lines.append(f"    {text}")
+    if outcome.shards:
+        told = Counter(f"{one.verdict.status}{f' {one.sign}' if one.sign else ''}" for one in outcome.shards)
+        each = ", ".join(f"{count} {what}" for what, count in told.items())
+        lines.insert(0, f"    sum of {len(outcome.shards)} shards; on their own: {each}")
     if verdict.status in (FAIL, ERROR):
         lines.append(f"    repeat: {outcome.repeat}")
     return lines
