@@ -6,7 +6,9 @@ import os
 
 import typer
 
+from moeref.commands.bench import bench
 from moeref.commands.faults import faults
+from moeref.commands.fib import fib
 from moeref.commands.fuzz import fuzz
 from moeref.commands.golden import golden
 from moeref.commands.look import backends, show
@@ -28,9 +30,10 @@ def _root() -> None:
     """
 
 
-for command in (verify, fuzz, faults, show, backends):
+for command in (verify, bench, fuzz, faults, show, backends):
     app.command()(command)
 app.add_typer(golden, name="golden")
+app.add_typer(fib, name="fib")
 
 
 def main() -> None:
