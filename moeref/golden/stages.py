@@ -1,4 +1,4 @@
-"""Comparing one stage with what was recorded: whole numbers exactly, casts by their last bit, sums by a tolerance."""
+"""Comparing one stage with what was recorded: whole numbers exactly, sums by a tolerance, casts by both."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from moeref.quant import spacing_bf16
 
 
 @dataclass(frozen=True)
@@ -74,23 +76,24 @@ def rounded(
     tolerance: torch.Tensor,
     locate: Locate = position,
 ) -> StageResult:
-    """Values rounded to bfloat16: equal, or the two neighbours of an exact value that lies on their middle.
+    """Values rounded to bfloat16: equal, or both what a value within the tolerance of the exact one rounds to.
 
-    exact      the value before rounding, to within `tolerance` (which is that of the value before rounding).
-    A result that was not rounded, or rounded another way, is neither.
+    exact      the value before rounding; its `tolerance` is that before rounding too. Rounding keeps the order, so the
+               values within reach are those from exact - tolerance to exact + tolerance, both rounded.
+    A result that was not rounded, or rounded another way, is not among them.
     """
     wrong = same_form(stage, found, golden)
     if wrong is not None:
         return wrong
-    error = (found.double() - golden.double()).abs()
-    middle = (found.double() + golden.double()) / 2
-    is_bf16 = found.to(torch.bfloat16).double() == found.double()
-    neighbours = (found.to(torch.bfloat16).view(torch.int16) - golden.to(torch.bfloat16).view(torch.int16)).abs() == 1
-    from_middle = (middle - exact.double()).abs()
-    excess = torch.where(error == 0, torch.zeros_like(error), from_middle / tolerance.double()).nan_to_num(
-        nan=torch.inf
-    )
-    excess = excess.masked_fill((error != 0) & ~(is_bf16 & neighbours), torch.inf)
+    middle, reach = exact.double(), tolerance.double()
+    low, high = (middle - reach).to(torch.bfloat16).double(), (middle + reach).to(torch.bfloat16).double()
+    excess = torch.zeros_like(middle)
+    for value in (found.double(), golden.double()):
+        inside = (value >= low) & (value <= high) & (value.to(torch.bfloat16).double() == value)
+        beyond = ((value - middle).abs() - spacing_bf16(value) / 2).clamp(min=0)  # from the cell that rounds to value
+        part = torch.where(beyond == 0, beyond, beyond / reach).clamp(max=1)
+        excess = torch.maximum(excess, torch.where(inside, part, torch.inf))
+    excess = excess.masked_fill(found.double() == golden.double(), 0.0)
     return _judged(stage, found, golden, tolerance, excess, locate)
 
 

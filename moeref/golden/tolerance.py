@@ -33,7 +33,7 @@ def product_deviation(result: torch.Tensor, length: int) -> torch.Tensor:
     than the whole: hence sqrt(length / 3) U times the result's root mean square over its 128-block; sqrt(2) for two
     machines.
     """
-    blocks = result.float().reshape(len(result), result.shape[1] // BLOCK, BLOCK)
+    blocks = result.double().reshape(len(result), result.shape[1] // BLOCK, BLOCK)
     size = blocks.square().mean(-1, keepdim=True).sqrt().expand_as(blocks).reshape(result.shape)
     return math.sqrt(2 * length / 3) * U * size
 
@@ -62,7 +62,7 @@ def gemm2_tolerance(gemm2_out: torch.Tensor, intermediate_size: int) -> torch.Te
 def combine_tolerance(trace: Trace) -> torch.Tensor:
     """Bound for the unrounded output [T, H] from the same gemm2_out: K products, K sums; two machines."""
     top_k = trace.routing.topk_weights.shape[1]
-    return 2 * (top_k + 1) * U * _weighted_sum(trace, trace.gemm2_out.abs(), 1)
+    return 2 * (top_k + 1) * U * _weighted_sum(trace, trace.gemm2_out.double().abs(), 1)
 
 
 def _weighted_sum(trace: Trace, rows: torch.Tensor, power: int) -> torch.Tensor:
@@ -81,7 +81,7 @@ def through(trace: Trace, hidden_size: int, intermediate_size: int) -> dict[str,
     Deviations of up and gate reach SwiGLU's output by its derivatives. Those of SwiGLU's output reach gemm2's in
     proportion, at most by the worst ratio of a 128-block of the row; a token's rows add up with squared weights.
     """
-    gemm1_out, swiglu_out = trace.gemm1_out, trace.swiglu_out
+    gemm1_out, swiglu_out = trace.gemm1_out.double(), trace.swiglu_out.double()  # squares of tiny numbers stay numbers
     deviation1 = product_deviation(gemm1_out, hidden_size)
     up, gate = gemm1_out.chunk(2, dim=-1)
     up_deviation, gate_deviation = deviation1.chunk(2, dim=-1)
@@ -97,7 +97,7 @@ def through(trace: Trace, hidden_size: int, intermediate_size: int) -> dict[str,
     deviation2 = (size.square() + share * relative.square()).sqrt()
     weights = trace.routing.topk_weights.shape[1]
     carried = PEAK * _weighted_sum(trace, deviation2.square(), 2).sqrt()
-    own_weight = 2 * (14 + weights) * U * _weighted_sum(trace, trace.gemm2_out.abs(), 1)
+    own_weight = 2 * (14 + weights) * U * _weighted_sum(trace, trace.gemm2_out.double().abs(), 1)
     return {
         "gemm1_out": PEAK * deviation1,
         "swiglu_out": swiglu,
