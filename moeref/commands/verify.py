@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,6 +61,12 @@ def verify(
         float, typer.Option(help="Seconds for one call; the first one gets twice that, at least 30 more, to compile.")
     ] = 300.0,
     isolate: Isolate = True,
+    routing_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the routing of captured_... problems is: a FlashInfer-Bench data set, or safetensors."
+        ),
+    ] = None,
     diagnose: Annotated[
         bool, typer.Option("--diagnose", help="Run the laws and read-outs too; --small does so by itself.")
     ] = False,
@@ -87,9 +94,14 @@ def verify(
 
         device = usable_device(device)
         problems, left_out = _problems(workloads, problem or [], small, everything, values, seed, device)
+        if routing_from is not None:
+            from moeref.interop.flashinfer_bench import capture_routing
+
+            capture_routing(routing_from)
         _check_kinds([one for _, one in problems])
         cuts = shards if ep else None
         options = Options(device, recipe, preset, criterion == "matched-ratio", trials, timeout, isolate, shards=cuts)
+        options = replace(options, routing_from=str(routing_from or ""))
         probed = [Problem.parse(name) for name in DIAGNOSIS] if small or (diagnose and not problem) else []
         probed += [Problem.parse(name) for name in problem or []] if diagnose else []
         if ep:  # laws and read-outs look at one shard: that is for a run without --ep
