@@ -121,8 +121,10 @@ class Bench:
         self.options = options
         self.announce = announce
         self.device = torch.device(options.device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         start = max(options.timeout, LEAST_START)
-        self.lanes = [Lane(candidate, options.device, options.timeout, start) for candidate in candidates]
+        self.lanes = [Lane(candidate, str(self.device), options.timeout, start) for candidate in candidates]
         self.tracebacks: list[str] = []  # of the last problem, for --debug
 
     def __enter__(self) -> Bench:
@@ -155,7 +157,10 @@ class Bench:
                 entry.end(ERROR, f"the judge ran out of GPU memory: {str(error).splitlines()[0]}")
         finally:
             for entry in entries:
-                entry.lane.release()
+                if entry.status == ERROR:
+                    entry.lane.stop()  # after an illegal access a CUDA context is lost: the next problem gets a new one
+                else:
+                    entry.lane.release()
             self._empty()
         self.tracebacks = [entry.traceback for entry in entries if entry.traceback]
         rows = [self._row(label, problem, entry, work, reference, ceilings) for entry in entries]
