@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: verify verify-all test check bench-reference clean
+.PHONY: verify verify-all test check golden bench-reference clean
 
 verify: $(VENV)/ready
 	$(BIN)/moeref verify $(ARGS)
@@ -18,6 +18,9 @@ check: $(VENV)/ready-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+golden: $(VENV)/ready
+	$(BIN)/moeref golden check $(ARGS)
 
 bench-reference: $(VENV)/ready
 	$(BIN)/python -m moeref.reference_cost

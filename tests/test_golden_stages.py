@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,23 @@ def machine(product: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatc
     def silu(gate: torch.Tensor) -> torch.Tensor:
         return (gate.double() / (1 + torch.exp(-gate.double()))).to(gate.dtype)
 
+    right = reference.route
+
+    def route(
+        logits: torch.Tensor,
+        bias: torch.Tensor,
+        geometry: Any,
+        factor: float,
+        recipe: Any = EXACT,
+        dtype: torch.dtype = torch.float32,
+    ) -> reference.Routing:
+        chosen = right(logits, bias, geometry, factor, EXACT, dtype)
+        scores = 1 / (1 + torch.exp(-logits.double()).to(dtype)).gather(1, chosen.topk_ids)  # exp to the last bit
+        total = scores.flip(1).cumsum(1)[:, -1:] + reference.NORMALISER_EPSILON  # summed from the other end
+        weights = scores * (factor / total)
+        return replace(chosen, topk_weights=bf16(weights) if recipe.topk_weights == "bf16" else weights)
+
+    monkeypatch.setattr(reference, "route", route)
     monkeypatch.setattr(reference, "gemm1", gemm1)
     monkeypatch.setattr(reference, "gemm2", gemm2)
     monkeypatch.setattr(reference, "silu", silu)
@@ -142,6 +160,8 @@ def machine(product: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatc
         "small-t8-o16-iid-heterogeneous-s0",
         "small-t8-o24-iid-zero_block-s0",
         "small-t5-o8-iid-model_like-s1@bf16_gemm1",
+        "small-t3-o8-underflow-model_like-s0",
+        "small_kimi-t5-o6-deepseek_like-model_like-s1@requant2+ue8m0+bf16_weights",
         "e16l4h384i128k4g4t2-t12-o4-iid-model_like-s0",
     ],
 )
