@@ -6,6 +6,7 @@ import os
 
 import typer
 
+from moeref.commands.bench import bench
 from moeref.commands.faults import faults
 from moeref.commands.fib import fib
 from moeref.commands.fuzz import fuzz
@@ -29,7 +30,7 @@ def _root() -> None:
     """
 
 
-for command in (verify, fuzz, faults, show, backends):
+for command in (verify, bench, fuzz, faults, show, backends):
     app.command()(command)
 app.add_typer(golden, name="golden")
 app.add_typer(fib, name="fib")
