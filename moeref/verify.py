@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from moeref.diagnose.laws import run_laws
-from moeref.diagnose.readout import run_readouts
+from moeref.diagnose.laws import LAWS, run_laws
+from moeref.diagnose.readout import READOUTS, run_readouts
 from moeref.diagnose.result import Finding
 from moeref.inputs import Inputs
 from moeref.interop.isolated_call import IsolatedCall
@@ -172,18 +172,41 @@ def diagnose(candidate: str, problems: Sequence[Problem], options: Options) -> I
     with options.runner(candidate) as runner:
         for problem in problems:
             first = runner.run(make_inputs(problem))
-            if first.status != "ok":
-                continue
-            call = IsolatedCall(runner)
-            recipe = first.recipe if options.recipe == AUTO else options.recipe
-            repeat = options.repeat(candidate, problem) + " --diagnose"
-            inexact = frozenset(name.strip() for name in first.inexact.split(",") if name.strip())
-            laws = run_laws(
-                call, problem, device=options.device, recipe=recipe, deterministic=first.deterministic, inexact=inexact
-            )
-            yield from (Diagnosis("law", finding, repeat) for finding in laws)
-            readouts = run_readouts(call, problem, device=options.device)
-            yield from (Diagnosis("readout", finding, repeat) for finding in readouts)
+            if first.status == "ok":
+                yield from diagnose_one(runner, candidate, problem, options, first)
+
+
+def diagnose_one(
+    runner: Runner,
+    candidate: str,
+    problem: Problem,
+    options: Options,
+    first: CandidateRun,
+    laws: Collection[str] = tuple(LAWS),
+    readouts: Collection[str] = tuple(READOUTS),
+) -> Iterator[Diagnosis]:
+    """The named laws and read-outs at one problem, through a runner that is already open on `candidate`.
+
+    first: a run of it that went well, for what it declares.
+    """
+    call = IsolatedCall(runner)
+    recipe = first.recipe if options.recipe == AUTO else options.recipe
+    repeat = options.repeat(candidate, problem) + " --diagnose"
+    inexact = frozenset(name.strip() for name in first.inexact.split(",") if name.strip())
+    if laws:
+        for finding in run_laws(
+            call,
+            problem,
+            device=options.device,
+            recipe=recipe,
+            deterministic=first.deterministic,
+            inexact=inexact,
+            names=laws,
+        ):
+            yield Diagnosis("law", finding, repeat)
+    if readouts:
+        for finding in run_readouts(call, problem, device=options.device, names=readouts):
+            yield Diagnosis("readout", finding, repeat)
 
 
 def _one(runner: Runner, problem: Problem, options: Options, make: Make) -> tuple[Verdict, CandidateRun | None]:

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from moeref.spec import SpecError
+from moeref.interop.devices import usable_device as usable_device
 
 EXIT_PASS, EXIT_FAIL, EXIT_USAGE, EXIT_NOT_TESTED = 0, 1, 2, 3
 
@@ -22,22 +22,6 @@ def exit_code(statuses: list[str]) -> int:
     if any(status in ("FAIL", "ERROR") for status in statuses):
         return EXIT_FAIL
     return EXIT_PASS if "PASS" in statuses else EXIT_NOT_TESTED
-
-
-def usable_device(text: str) -> str:
-    """A usable torch device name. Raises SpecError for one that is not here."""
-    import torch
-
-    if text == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if text != "cpu" and not text.startswith("cuda"):
-        raise SpecError(f"--device {text}: expected auto, cpu, cuda or cuda:N")
-    if text.startswith("cuda"):
-        index = text.removeprefix("cuda").removeprefix(":") or "0"
-        count = torch.cuda.device_count()
-        if not index.isdigit() or int(index) >= count:
-            raise SpecError(f"--device {text}: this machine has {count} CUDA devices")
-    return text
 
 
 class reported:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moeref.inputs import Inputs
-from moeref.interop.candidates import Candidate
+from moeref.interop.candidates import Candidate, Unsupported
 from moeref.interop.shared_inputs import Opened, written_to
 from moeref.reference import Trace
 
@@ -36,6 +36,7 @@ class CandidateRun:
     inexact: str = ""  # declared: laws that are not kept bit for bit, comma-separated
     seconds: list[float] = field(default_factory=list)  # each call, until the device is done
     notes: list[str] = field(default_factory=list)  # worth saying, but no fault
+    takes_groups: bool = True  # n_group, topk_group and top_k; one that does not knows its own model's only
     printed: str = ""  # the last lines on stdout and stderr, on failure; empty in-process
     cause: str = ""  # of an error: 'import' or 'timeout' where it was that, else ''
 
@@ -110,6 +111,7 @@ def observe(
         if candidate.resolve is not None:
             candidate = candidate.resolve(geometry, device)
             run.recipe, run.deterministic = candidate.recipe, candidate.deterministic
+        run.takes_groups = bool(candidate.geometry_keywords)
         run.poisoned = candidate.output_argument is not None
         if device.type == "cuda":
             with torch.cuda.device(device):
@@ -118,6 +120,8 @@ def observe(
             _calls(candidate, opened, device, poisons, keep, enter, run, then)
     except KeyboardInterrupt:
         raise
+    except Unsupported as error:
+        run.status, run.message = "unsupported", str(error)
     except BaseException as error:  # SystemExit and whatever else a candidate may throw
         return failed(error, stage, run)
     return run

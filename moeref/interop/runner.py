@@ -177,7 +177,7 @@ class Runner:
             raise CandidateError(reply["message"])
         if reply["event"] == "broken":
             raise _Broken(reply["message"], reply["traceback"])
-        self._declared = {"recipe": reply["recipe"], "deterministic": reply["deterministic"]}
+        self._declared = {name: reply[name] for name in ("recipe", "deterministic", "takes_groups")}
 
     def _start(self) -> None:
         self._worker = Child()

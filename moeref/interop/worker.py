@@ -67,7 +67,8 @@ def load_candidate(command: dict[str, Any], reply: Reply) -> Candidate | None:
     """Serve the command 'load'."""
     try:
         candidate = load(command["candidate"], Path(command["folder"]))
-        reply("loaded", recipe=candidate.recipe, deterministic=candidate.deterministic)
+        takes_groups = bool(candidate.geometry_keywords)
+        reply("loaded", recipe=candidate.recipe, deterministic=candidate.deterministic, takes_groups=takes_groups)
         return candidate
     except CandidateBroken as error:
         reply("broken", message=str(error), traceback=error.traceback)
