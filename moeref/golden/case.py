@@ -26,7 +26,8 @@ from moeref.spec import EXACT, SpecError
 SCHEMA = 1
 """Of the manifest. Another number is refused, not guessed at."""
 
-DEFAULT_FOLDER = Path(moeref.__file__).parents[1] / "golden"
+_SHIPPED = Path(__file__).parent / "recorded"  # of an installed wheel: see setup.py
+DEFAULT_FOLDER = _SHIPPED if _SHIPPED.is_dir() else Path(moeref.__file__).parents[1] / "golden"
 """The project's own cases."""
 
 
@@ -169,7 +170,7 @@ def cases(folder: Path | None = None, everything: bool = False) -> list[Case]:
     """
     root = folder or DEFAULT_FOLDER
     if not root.is_dir():
-        hint = "a source checkout has them in golden/: give --dir" if folder is None else "give a folder of cases"
+        hint = "a source checkout has them in golden/; give --dir" if folder is None else "give a folder of cases"
         raise GoldenError(f"no golden files at {root}: {hint}")
     found = [path.stem for part in (SMALL, PUBLISHED) for path in sorted((root / part).glob("*")) if _is_case(path)]
     names = [*NAMES, *found] if folder is None else sorted(set(found), key=_order)
