@@ -1,4 +1,4 @@
-"""What pyproject.toml can't say: the golden files of the repository's root go into the package when a wheel is built."""
+"""What pyproject.toml can not say: the golden files of the root go into the package when a wheel is built."""
 
 from __future__ import annotations
 
