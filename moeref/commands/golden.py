@@ -47,7 +47,7 @@ def check(
     folder: Folder = None,
     candidate: Annotated[str, typer.Option(help="Judge this candidate on the recorded traces, as verify does.")] = "",
     everything: Annotated[
-        bool, typer.Option("--all", help="The long published cases too: minutes, and 5 GB of memory.")
+        bool, typer.Option("--all", help="The long published cases too: minutes, and 3.5 GB of memory.")
     ] = False,
     device: Device = "auto",
     recipe: Annotated[str, typer.Option(help="Judge the candidate under this recipe, as verify does.")] = "auto",

@@ -31,7 +31,7 @@ def opened(text: str) -> Iterator[Path]:
         yield Path(text) if text else DEFAULT_FOLDER
         return
     with tempfile.TemporaryDirectory(prefix="moeref-golden-") as place:
-        archive = _git("archive", f"{text}:golden")
+        archive = None if text.startswith("-") else _git("archive", f"{text}:golden")
         if archive is None:
             raise SpecError(f"'{text}': expected a golden folder, or a git revision of the project that has golden/")
         with tarfile.open(fileobj=io.BytesIO(archive)) as packed:
