@@ -54,6 +54,13 @@ class CandidateError(ValueError):
     """No candidate is meant by this text, or what it names can't be one; says what was expected and what to do."""
 
 
+class Unsupported(RuntimeError):
+    """A candidate raises this in a call that it can't do, where only the call's own values show it, such as an offset.
+
+    The message is one sentence that says why; the problem is then UNSUPPORTED, not failed.
+    """
+
+
 class CandidateBroken(CandidateError):
     """The candidate's code was found, but importing it failed. `traceback` holds the details."""
 
