@@ -171,4 +171,6 @@ def _repeat(case: Case, candidate: str | None, options: Options) -> str:
             words += ["--recipe", options.recipe]
         if options.timeout != Options.timeout:
             words += ["--timeout", f"{options.timeout:g}"]
+        if not options.isolate:
+            words += ["--no-isolate"]
     return shlex.join(words)
