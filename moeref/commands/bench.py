@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from moeref.commands.common import Debug, Device, exit_code, progress_bar, reported, usable_device, usage
-from moeref.commands.select import select_problems
+from moeref.commands.select import check_kinds, select_problems
 from moeref.spec import Problem
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def bench(
             device = usable_device(device)
             gpu = device != "cpu"
             problems, left_out = select_problems(workloads, problem or [], small, everything, values, seed, device)
+            check_kinds([one for _, one in problems])
             options = Options(
                 device=device,
                 recipe=recipe,

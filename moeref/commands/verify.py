@@ -20,7 +20,8 @@ from moeref.commands.common import (
     usage,
 )
 from moeref.commands.ranks import ExpertParallel, RankLimit, Shards, verify_here, verify_over_ranks, world
-from moeref.spec import Problem, SpecError
+from moeref.commands.select import check_kinds, select_problems
+from moeref.spec import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,12 +94,12 @@ def verify(
         from moeref.verify import Options
 
         device = usable_device(device)
-        problems, left_out = _problems(workloads, problem or [], small, everything, values, seed, device)
+        problems, left_out = select_problems(workloads, problem or [], small, everything, values, seed, device)
         if routing_from is not None:
             from moeref.interop.flashinfer_bench import capture_routing
 
             capture_routing(routing_from)
-        _check_kinds([one for _, one in problems])
+        check_kinds([one for _, one in problems])
         cuts = shards if ep else None
         options = Options(device, recipe, preset, criterion == "matched-ratio", trials, timeout, isolate, shards=cuts)
         options = replace(options, routing_from=str(routing_from or ""))
@@ -167,32 +168,3 @@ def _verify(
         machine.write(json, outcomes, found, candidate, left_out)
         console.print(f"written: {json}", markup=False)
     return exit_code([o.verdict.status for o in outcomes] + [d.status for d in found if d.status == "FAIL"])
-
-
-def _problems(
-    workloads: str, names: list[str], small: bool, everything: bool, values: str, seed: int, device: str
-) -> tuple[list[tuple[str, Problem]], list[str]]:
-    """((label, problem) to run, labels of published workloads left out)."""
-    from moeref.suites import published, small_suite
-    from moeref.workloads import find
-
-    if names:
-        return [(name, Problem.parse(name)) for name in names], []
-    if small:
-        return [(one.name, one) for one in small_suite(seed)], []
-    if workloads:
-        wanted = find([part.strip() for part in workloads.split(",") if part.strip()])
-        return [(w.short, w.problem(values, seed)) for w in wanted], []
-    chosen, left = published(device == "cpu", everything)
-    return [(w.short, w.problem(values, seed)) for w in chosen], [f"{w.short} (seq_len {w.seq_len})" for w in left]
-
-
-def _check_kinds(problems: list[Problem]) -> None:
-    """Raise SpecError for unknown kinds before the first problem runs."""
-    from moeref.routings import routing_kind
-    from moeref.values import VALUES
-
-    for problem in problems:
-        routing_kind(problem.routing)
-        if problem.values not in VALUES:
-            raise SpecError(f"unknown value kind '{problem.values}': expected one of {', '.join(VALUES)}")
