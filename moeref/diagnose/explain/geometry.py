@@ -184,7 +184,32 @@ def _mixture(output: Tensor, inputs: Inputs, trace: Trace, finite: Tensor) -> It
     rows = finite & (output != 0).any(1)
     if dense is None or not bool(rows.any()):
         return
-    yield from read_mixture(mixture(output, inputs, trace.routing, dense), rows, dense)
+    found = mixture(output, inputs, trace.routing, dense)
+    step = _shift(found, trace, inputs, rows & (found.residual <= SCALED), dense)
+    if step:
+        text = f"wrong rows hold the experts of a shard that begins {abs(step)} {'later' if step > 0 else 'earlier'}"
+        yield Fact(f"{text}: local_expert_offset {inputs.local_expert_offset + step}", ("offset",) * 2)
+        return
+    yield from read_mixture(found, rows, dense)
+
+
+def _shift(found: Mixture, trace: Trace, inputs: Inputs, rows: Tensor, dense: Tensor) -> int:
+    """By how many experts the ids are off in all of these rows [T] bool, 0 where no one step explains them."""
+    count, tokens = inputs.geometry.num_local_experts, int(rows.sum())
+    if tokens < 2:
+        return 0
+    everyone = torch.zeros(len(rows), inputs.geometry.num_experts, dtype=torch.float64, device=rows.device)
+    everyone.scatter_(1, trace.routing.topk_ids, trace.routing.topk_weights.double())
+    there = (dense[rows] != 0).any(2)
+    for step in sorted(range(-inputs.geometry.num_experts, inputs.geometry.num_experts), key=abs):
+        ids = torch.arange(count, device=rows.device) + inputs.local_expert_offset + step
+        real = (ids >= 0) & (ids < inputs.geometry.num_experts)
+        due = torch.zeros(tokens, count, dtype=torch.float64, device=rows.device)
+        due[:, real] = everyone[rows][:, ids[real]]
+        near = (found.weights[rows] - due).abs() <= 0.1 * due.abs().amax(1, keepdim=True)
+        if step and bool((near | ~there).all(1).double().mean() >= RULE) and bool((due * there != 0).any(1).all()):
+            return step
+    return 0
 
 
 def read_mixture(found: Mixture, rows: Tensor, dense: Tensor) -> Iterator[Fact]:

@@ -66,12 +66,12 @@ class Hypotheses:
             subject = LocalSubject(build, self.takes_out)
             alone = ask(subject, self.prepared, index)
             if not subject.kernel.memory:
-                return alone
+                return alone.bare()
             subject.restart()
             self._played[name, recipe] = _Played(subject, [])
         played = self._played[name, recipe]
         while len(played.answers) <= index:
-            played.answers.append(ask(played.subject, self.prepared, len(played.answers)))
+            played.answers.append(ask(played.subject, self.prepared, len(played.answers)).bare())
         return played.answers[index]
 
 

@@ -7,8 +7,7 @@ the same calls in the same order as the candidate, so that what one call leaves 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +19,7 @@ from moeref.judge.checks import POISONS, comparable
 from moeref.judge.verdict import Known, Observed
 from moeref.make import make_inputs
 from moeref.reference import moe
-from moeref.spec import Problem
+from moeref.spec import Geometry, Problem
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,23 @@ class Answer:
     changed: frozenset[str]  # inputs that the calls changed
     observed: Observed
 
-    @property
-    def wrong_form(self) -> bool:
-        """Nothing came that could be compared."""
-        return self.rows is None
+    def last(self) -> View:
+        """What is to be judged of a step of two problems: the second call alone."""
+        seen = self.observed
+        return View(
+            list(seen.outputs[1:]),
+            list(seen.changed_inputs),
+            seen.status,
+            seen.message,
+            seen.poisoned,
+            list(seen.aliased_inputs),
+            seen.overwritten_result,
+            seen.deterministic,
+        )
+
+    def bare(self) -> Answer:
+        """Without the calls' own outputs: `rows` holds them."""
+        return replace(self, observed=View([], sorted(self.changed)))
 
 
 class Subject(Protocol):
@@ -98,8 +110,8 @@ def answer(observed: Observed, inputs: Inputs) -> Answer:
 
 
 @dataclass
-class LocalRun:
-    """Calls in this process, in the shape of moeref.judge.verdict.Observed."""
+class View:
+    """Calls in the shape of moeref.judge.verdict.Observed."""
 
     outputs: list[Any]
     changed_inputs: list[str] = field(default_factory=list)
@@ -123,7 +135,7 @@ class LocalSubject:
         """A fresh kernel."""
         self.kernel = self.build()
 
-    def observe(self, inputs: Inputs, then: Inputs | None = None) -> LocalRun:
+    def observe(self, inputs: Inputs, then: Inputs | None = None) -> View:
         """As Subject. Inputs that the kernel changes are put back."""
         g, outputs, changed = inputs.geometry, [], set()
         contents, buffers = inputs, inputs.map(torch.clone) if then is not None else inputs
@@ -143,7 +155,7 @@ class LocalSubject:
             changed.update(written)
             if written:
                 _copy(kept, buffers)
-        return LocalRun(outputs, sorted(changed), poisoned=self.takes_out)
+        return View(outputs, sorted(changed), poisoned=self.takes_out)
 
 
 def _copy(source: Inputs, target: Inputs) -> None:
@@ -183,7 +195,7 @@ class Prepared:
             self._inputs[name] = make_inputs(Problem.parse(name)).to(self.device)
         return self._inputs[name]
 
-    @cached_property
+    @property
     def length(self) -> int:
         """Number of steps."""
         return len(self.steps)
@@ -193,3 +205,17 @@ def ask(subject: Subject, prepared: Prepared, index: int) -> Answer:
     """One step's answer. The caller keeps the order."""
     first, then = prepared.inputs(index)
     return answer(subject.observe(first, then), first)
+
+
+def panel_at(geometry: Geometry) -> Steps:
+    """A short panel at another geometry, for a candidate that runs at no small one: few tokens, few experts hit."""
+    name, low = geometry.name, 0
+    last = max(geometry.num_experts - geometry.num_local_experts, 0)
+    middle = last // 2 // geometry.num_local_experts * geometry.num_local_experts
+    return (
+        Step(f"{name}-t2-o{middle}-iid-heterogeneous-s1-f3.0"),
+        Step(f"{name}-t17-o{low}-one_expert-heterogeneous-s2"),
+        Step(f"{name}-t4-o{last}-iid-model_like-s3"),
+        Step(f"{name}-t3-o{middle}-all_negative-model_like-s4"),
+        Step(f"{name}-t5-o{middle}-deepseek_like-heterogeneous-s5"),
+    )

@@ -22,6 +22,9 @@ SAME = 0.05
 KEEP = 6
 """Entries that stay in the race however far they lie, so that there is something to report."""
 
+HOPELESS = 4
+"""Steps after which the race ends where every entry is far off on one of them."""
+
 FEW = 4
 """Entries whose own recipe is looked for, where no entry rounds as the candidate does."""
 
@@ -112,12 +115,15 @@ class Search:
         seen: list[int] = []
         for k in order:
             seen.append(k)
-            pool = self._near(pool, seen, right)
-        scores = [self.score(name, every, right, right) for name in pool]
+            pool = self._near(pool, seen, hint)
+            if len(seen) == HOPELESS and not self._promising(pool, seen, hint):
+                every = seen
+                break
+        scores = [self.score(name, every, hint, right) for name in pool]
         if scores and min(one.units for one in scores) > SAME:
             scores.sort(key=lambda one: one.units)
             scores[:FEW] = [self._in_own_recipe(one, order[:3], every, right) for one in scores[:FEW]]
-        return sorted(scores, key=lambda one: (round(one.units, 3), one.units * (one.recipe != right), one.units))
+        return sorted(scores, key=lambda one: (round(one.units, 3), one.units * (one.recipe != hint), one.units))
 
     def _near(self, pool: list[str], seen: list[int], recipe: Recipe) -> list[str]:
         """The entries that explain the steps seen so far, and KEEP more."""
@@ -125,9 +131,14 @@ class Search:
         ranked = sorted(pool, key=far.__getitem__)
         noise = sum(self.hypotheses.noise(k) for k in seen)
         right = sum(self.distance(RIGHT, k, recipe) for k in seen)
-        limit = max(3 * far[ranked[0]], min(2 * FIT * noise, BETTER * right)) if ranked else 0.0
+        limit = max(3 * min(far[ranked[0]], noise), min(2 * FIT * noise, BETTER * right)) if ranked else 0.0
         kept = [name for name in ranked if far[name] <= limit]
         return kept if len(kept) >= KEEP else ranked[:KEEP]
+
+    def _promising(self, pool: list[str], seen: list[int], recipe: Recipe) -> bool:
+        """Whether an entry may still fit, in another recipe if need be."""
+        noise = self.hypotheses.noise
+        return any(all(self.distance(name, k, recipe) <= 3 * FIT * noise(k) for k in seen) for name in pool)
 
     def _in_own_recipe(self, score: Score, steps: Collection[int], every: Collection[int], right: Recipe) -> Score:
         recipe = self.nearest_recipe(score.name, steps, right)

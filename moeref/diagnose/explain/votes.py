@@ -11,13 +11,22 @@ from moeref.diagnose.explain.hypotheses import RIGHT, Hypotheses
 from moeref.diagnose.explain.panel import Answer
 from moeref.diagnose.explain.rank import FIT
 from moeref.diagnose.faults import FAULTS, STAGES
+from moeref.diagnose.laws import LAWS
 from moeref.diagnose.result import Finding
 from moeref.spec import Recipe
 
 LIKE = 1.0
-FOUND = 0.8
-SHOWN = 0.5
-"""Weights of a partial match, of a failed law or read-out, and of a geometric fact that names the stage first."""
+READ = 0.8
+BROKEN = 0.2
+SHOWN = 0.6
+"""Weights of a partial match, of a failed read-out, of a broken law (laws see that, rarely where), and of a geometric
+fact that names the stage first; the second stage that it names gets half, the third a third."""
+
+DECIDED = 1.2
+"""Weight of what the routing matrix, or gemm2's inverted weights, say: both look at one step alone."""
+
+NOTHING_READ = "nothing could be read"
+"""A read-out that came to nothing says only that something before it is wrong."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ def partial_matches(
 
 
 def stage_votes(
-    partial: Sequence[Partial], findings: Iterable[Finding], facts: Iterable[Fact]
+    partial: Sequence[Partial], findings: Iterable[Finding], facts: Iterable[Fact], decisive: Iterable[Fact] = ()
 ) -> list[tuple[str, float, str]]:
     """(stage, votes, the strongest reason) of every stage that has any, most votes first."""
     votes = dict.fromkeys(STAGES, 0.0)
@@ -71,7 +80,7 @@ def stage_votes(
 
     def vote(stage: str, weight: float, reason: str) -> None:
         votes[stage] += weight
-        if weight > reasons.get(stage, (0.0, ""))[0]:
+        if weight > 0 and weight > reasons.get(stage, (0.0, ""))[0]:
             reasons[stage] = (weight, reason)
 
     for stage in STAGES:
@@ -79,13 +88,20 @@ def stage_votes(
         if best is not None and best.share > LEAST:
             vote(stage, LIKE * best.share, describe(best))
     for kind, weight, suspects in (
-        *((f"{one.name}: {one.detail}", FOUND, one.suspects) for one in findings if one.passed is False),
+        *((f"{one.name}: {one.detail}", _weight(one), one.suspects) for one in findings if one.passed is False),
         *((one.text, SHOWN, one.stages) for one in facts),
+        *((one.text, DECIDED, one.stages) for one in decisive),
     ):
         for place, stage in enumerate(suspects):
             vote(stage, weight / (1 + place), kind)
     ranked = sorted((stage for stage in STAGES if votes[stage] > 0), key=lambda stage: -votes[stage])
     return [(stage, votes[stage], reasons[stage][1]) for stage in ranked]
+
+
+def _weight(one: Finding) -> float:
+    if NOTHING_READ in one.detail:
+        return 0.0
+    return BROKEN if one.name in LAWS else READ
 
 
 LEAST = 0.3

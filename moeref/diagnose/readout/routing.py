@@ -56,13 +56,16 @@ class Batch:
 def read_routing(stand: Stand) -> list[Finding]:
     """Which experts are chosen, with which weights, and how ties go."""
     offsets, complete = _offsets(stand)
-    batches, stray = [], 0
-    for kinds in BATCHES:
-        batch, dirty = _read(stand, kinds, offsets)
-        batches.append(batch)
-        stray += dirty
+    batches, stray = read_matrix(stand)
     note = "" if complete else f"; only {len(offsets)} shards were read"
     return [*_judge(stand, batches, complete, note), _clean(stray)]
+
+
+def read_matrix(stand: Stand) -> tuple[list[Batch], int]:
+    """The weights of every token of every batch, and how many elements of no expert's column were not zero."""
+    offsets, _ = _offsets(stand)
+    read = [_read(stand, kinds, offsets) for kinds in BATCHES]
+    return [batch for batch, _ in read], sum(stray for _, stray in read)
 
 
 def _offsets(stand: Stand) -> tuple[list[int], bool]:
