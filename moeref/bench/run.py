@@ -24,7 +24,7 @@ from moeref.interop.observe import CandidateRun
 from moeref.interop.shared_inputs import Description, Place, SharedInputs
 from moeref.judge.verdict import AUTO, ERROR, FAIL, PASS, UNSUPPORTED, Known, judge
 from moeref.reference import Trace, permute, route
-from moeref.routings import draw_routing
+from moeref.routings import CAPTURED, draw_routing
 from moeref.spec import Problem, Recipe, SpecError
 from moeref.verify import LEAST_START
 from moeref.verify import Options as VerifyOptions
@@ -59,6 +59,7 @@ class Options:
     rotations: int = 3
     reference: str = "moeref"
     timeout: float = 300.0  # seconds for one call
+    routing_from: str = ""  # where routing kinds that are read from files were found; only repeated, not opened
 
     def __post_init__(self) -> None:
         if self.repeat < LEAST_CALLS:
@@ -322,11 +323,14 @@ class Bench:
     def _repeat(self, entry: Entry, problem: Problem) -> str:
         """The command that shows the same again: verify where that already fails."""
         if not entry.judged:
-            options = VerifyOptions(self.options.device, self.options.recipe, timeout=self.options.timeout)
+            mine = self.options
+            options = VerifyOptions(mine.device, mine.recipe, timeout=mine.timeout, routing_from=mine.routing_from)
             return options.repeat(entry.lane.candidate, problem)
         words = ["moeref", "bench", entry.lane.candidate, "--problem", problem.name]
         if self.options.device != "cpu":
             words += ["--device", self.options.device]
+        if self.options.routing_from and problem.routing.startswith(CAPTURED):
+            words += ["--routing-from", self.options.routing_from]
         return shlex.join(words)
 
     def _empty(self) -> None:

@@ -54,6 +54,7 @@ def bench(
         ),
     ] = "moeref",
     timeout: Annotated[float, typer.Option(help="Seconds that one call may take.")] = 300.0,
+    routing_from: Annotated[Path | None, typer.Option(help="As for verify: where captured_... routing is.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write everything measured to this file.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table to this file as Markdown.")] = None,
     plot: Annotated[
@@ -90,6 +91,10 @@ def bench(
             device = usable_device(device)
             gpu = device != "cpu"
             problems, left_out = select_problems(workloads, problem or [], small, everything, values, seed, device)
+            if routing_from is not None:
+                from moeref.interop.flashinfer_bench import capture_routing
+
+                capture_routing(routing_from)
             check_kinds([one for _, one in problems])
             options = Options(
                 device=device,
@@ -101,6 +106,7 @@ def bench(
                 rotations=rotations or (3 if gpu else 2),
                 reference=reference,
                 timeout=timeout,
+                routing_from=str(routing_from or ""),
             )
             result = _run(names, problems, left_out, options, json, debug)
         _write(result, json, markdown, plot)
