@@ -18,10 +18,15 @@ from moeref.commands.common import (
     usable_device,
     usage,
 )
+from moeref.commands.ranks import RankLimit, over_ranks, world
 from moeref.spec import Problem
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from moeref.ranks.world import World
     from moeref.spec import Geometry
+    from moeref.testing.fuzz import FuzzResult
     from moeref.verify import Options
 
 
@@ -36,6 +41,7 @@ def fuzz(
     recipe: Annotated[str, typer.Option(help="As for verify.")] = "auto",
     timeout: Annotated[float, typer.Option(help="Seconds that one call may take.")] = 60.0,
     isolate: Isolate = True,
+    rank_limit: RankLimit = 0,
     database: Annotated[Path, typer.Option(help="Folder that keeps failing examples between runs.")] = Path(
         ".moeref/fuzz"
     ),
@@ -53,7 +59,12 @@ def fuzz(
         options = Options(usable_device(device), recipe, timeout=timeout, isolate=isolate)
         shape = Geometry.parse(geometry) if geometry else None
         count = None if minutes is not None else examples or 200
-        raise typer.Exit(_fuzz(candidate, options, count, minutes, seed, shape, tokens, database, debug))
+        place = world()
+        if place is not None and rank_limit == 0:
+            rank_limit = 4 * timeout
+        raise typer.Exit(
+            _fuzz(candidate, options, count, minutes, seed, shape, tokens, database, debug, place, rank_limit)
+        )
 
 
 def _fuzz(
@@ -66,14 +77,55 @@ def _fuzz(
     tokens: int,
     database: Path,
     debug: bool,
+    place: World | None,
+    rank_limit: float,
 ) -> int:
     try:
-        from moeref.testing.fuzz import FuzzResult, fuzz
+        from moeref.testing.fuzz import fuzz
     except ModuleNotFoundError as error:
         usage(f"fuzz needs {error.name}: pip install 'moeref[test]'")
-    from moeref.report import text
 
     console = Console(highlight=False, soft_wrap=True)
+
+    def run(judge: Callable[[Callable[[FuzzResult, Problem], None]], FuzzResult]) -> int:
+        return _shown(console, judge, candidate, options, examples, seed, debug, place)
+
+    if place is None:
+        return run(
+            lambda show: fuzz(
+                candidate,
+                options,
+                examples=examples,
+                minutes=minutes,
+                seed=seed,
+                geometry=geometry,
+                most_tokens=tokens,
+                database=database,
+                progress=show,
+            )
+        )
+    from moeref.testing.fuzz_ranks import fuzz_job, gather
+
+    drawing = {"examples": examples, "seed": seed, "geometry": geometry, "most_tokens": tokens}
+    job = fuzz_job(candidate, options, drawing, database, minutes, rank_limit)
+    return over_ranks(
+        place, job, lambda sweep: run(lambda show: gather(sweep, candidate, options, drawing, database, show))
+    )
+
+
+def _shown(
+    console: Console,
+    judge: Callable[[Callable[[FuzzResult, Problem], None]], FuzzResult],
+    candidate: str,
+    options: Options,
+    examples: int | None,
+    seed: int,
+    debug: bool,
+    place: World | None,
+) -> int:
+    """Run `judge` below a progress bar and print what it found; the exit code."""
+    from moeref.report import text
+
     with progress_bar(console) as progress:
         task = progress.add_task("fuzz", total=examples)
 
@@ -81,24 +133,17 @@ def _fuzz(
             what = problem.name if result.failure is None else f"shrinking: {result.failure.label}"
             progress.update(task, completed=result.drawn, description=what)
 
-        result = fuzz(
-            candidate,
-            options,
-            examples=examples,
-            minutes=minutes,
-            seed=seed,
-            geometry=geometry,
-            most_tokens=tokens,
-            database=database,
-            progress=show_progress,
-        )
+        result = judge(show_progress)
     counts = ", ".join(f"{number} {status}" for status, number in result.statuses.most_common())
     rate = 60 * (result.drawn + result.shrink_steps) / max(result.seconds, 1e-9)
+    ranks = f", {place.size} rank{'s' * (place.size > 1)}" if place else ""
     console.print(
-        f"{candidate} on {options.device}: {result.drawn} problems drawn ({counts}) in {result.seconds:.1f} s, "
+        f"{candidate} on {options.device}{ranks}: {result.drawn} problems drawn ({counts}) in {result.seconds:.1f} s, "
         f"{rate:.0f} problems a minute, seed {seed}",
         markup=False,
     )
+    for sentence in result.lost:
+        console.print(sentence, style=text.STYLES["ERROR"], markup=False)
     if result.failure is not None:
         console.print(
             f"smallest failing problem after {result.shrink_steps} steps: {result.failure.label}", markup=False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,7 @@ from moeref.spec import Problem
 
 if TYPE_CHECKING:
     from moeref.ranks.board import Failed
+    from moeref.ranks.sweep import Sweep
     from moeref.ranks.watch import Job
     from moeref.ranks.world import World
     from moeref.verify import Diagnosis, Options, Outcome
@@ -77,7 +78,8 @@ def verify_over_ranks(
         limit *= max(held, default=1)
     task = "moeref.ranks.tasks:adding" if joint else "moeref.ranks.tasks:judging"
 
-    def report(results: Iterator[Any]) -> int:
+    def report(sweep: Sweep) -> int:
+        results = sweep.results()
         outcomes = (_outcome(next(results), one, candidate, options) for one in problems)
         found = (diagnosis for one, result in zip(probed, results, strict=False) for diagnosis in _found(result, one))
         return judge(outcomes, found)
@@ -85,17 +87,17 @@ def verify_over_ranks(
     return over_ranks(place, Job(task, settings, len(items), limit, joint=joint), report)
 
 
-def over_ranks(place: World, job: Job, report: Callable[[Iterator[Any]], int]) -> int:
+def over_ranks(place: World, job: Job, report: Callable[[Sweep], int]) -> int:
     """Do a job on all ranks and report on one: what `report` returns there, 0 on the others.
 
-    report   gets the results in the items' order, a moeref.ranks.board.Failed for one that was lost.
+    report   goes through Sweep.results(): in the items' order, a moeref.ranks.board.Failed for one that was lost.
     """
     from moeref.ranks.sweep import Over, Sweep
 
     try:
         with Sweep(place, job) as sweep:
             sweep.attend()
-            code = report(sweep.results())
+            code = report(sweep)
             sweep.finish(code)
             return code
     except Over:

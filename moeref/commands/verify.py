@@ -108,7 +108,7 @@ def verify(
         if ep:  # laws and read-outs look at one shard: that is for a run without --ep
             probed = []
         place = world()
-        label = f"{place.size} ranks" if place else ""
+        label = f"{place.size} rank{'s' * (place.size > 1)}" if place else ""
 
         def judge(outcomes: Iterator[Outcome], found: Iterator[Diagnosis]) -> int:
             return _verify(candidate, problems, probed, left_out, options, json, debug, outcomes, found, label)

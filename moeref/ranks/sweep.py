@@ -23,10 +23,10 @@ from moeref.ranks.world import World
 GRACE = 30.0
 """Seconds between torchrun's SIGTERM and its SIGKILL."""
 
-LAST_ITEM = 12.0
+LAST_ITEM = 15.0
 """Seconds after SIGTERM in which ranks still begin items."""
 
-LAST_WORD = 20.0
+LAST_WORD = 22.0
 """Seconds after SIGTERM from which on what is missing is reported as lost; the rest of GRACE is for printing."""
 
 DEAD = 4.0
@@ -97,7 +97,7 @@ class Sweep:
             time.sleep(0.1)
 
     def _stop_in_time(self) -> None:
-        if self._since_term() > LAST_ITEM:
+        if self._since_term() > (DEAD if self.job.joint else LAST_ITEM):  # nothing can be added up without a rank
             self._watch.ending.set()
 
     def results(self) -> Iterator[Any]:
@@ -136,12 +136,11 @@ class Sweep:
     def _missing(self, index: int, holder: int | None, gone: list[int], ends: dict[int, Any]) -> Failed:
         if holder is not None:
             return Failed(holder, "its process was killed or stopped: it gives no sign")
-        who = gone[0] if gone else -1
         said = "; ".join(f"rank {rank} {end}" for rank, end in ends.items() if end not in (None, "done", "ended"))
         lost = ", ".join(f"rank {rank} gives no sign" for rank in gone)
         told = "torchrun ended the run" if self._since_term() >= 0 else ""
         reasons = "; ".join(part for part in (lost, said, told) if part) or "no rank finished it"
-        return Failed(who, f"{reasons} before this problem was done")
+        return Failed(-1, f"{reasons} before this problem was done")
 
     def stop(self) -> None:
         """No rank begins another item."""

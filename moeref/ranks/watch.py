@@ -16,8 +16,9 @@ from moeref.ranks.board import SILENT, Board, Failed, Pulse
 from moeref.ranks.child import pack, unpack
 from moeref.ranks.world import World
 
-STARTING = 120.0
-"""Seconds beside the limit of an item that a working process may take to start: importing torch from a cold disk."""
+LEAST_START = 60.0
+"""Seconds that a working process may take to start however short an item's limit is: importing torch from a cold disk,
+meeting the other ranks."""
 
 IN_A_ROW = 3
 """Working processes of one rank that may die or hang one after the other before it gives up."""
@@ -57,8 +58,10 @@ class Watch(threading.Thread):
             reason = self._joint() if self.job.joint else self._dealt()
         except Refused as error:
             self._board.first("refused", str(error))
-        except RuntimeError:
-            return  # the store is gone
+        except Exception:
+            if not self.ending.is_set():  # else its working process was ended below its hands, or the store is gone
+                raise
+            return
         finally:
             self.close()
         self._board.put(f"end/{self.world.rank}", reason or "done")
@@ -104,7 +107,7 @@ class Watch(threading.Thread):
 
     def _open(self, child: Child, more: dict[str, Any]) -> None:
         child.send({"do": "open", "task": self.job.task, "settings": pack({**self.job.settings, **more})})
-        reply = self._reply(child, self.job.limit + STARTING)
+        reply = self._reply(child, max(self.job.limit, LEAST_START))
         if reply["event"] == "failed":
             raise Died(f"its process could not begin: {reply['message']}")
 
@@ -144,7 +147,7 @@ class Watch(threading.Thread):
             except _Closed as closed:
                 self.close()
                 if closed.index < 0:
-                    return closed.failure.reason
+                    return f"could not go on: {closed.failure.reason}"
                 if self._board.get(f"result/{closed.index}") is None:
                     self._board.put(f"result/{closed.index}", closed.failure)
                 index, lost = closed.index + 1, lost + 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +31,7 @@ class FuzzResult:
     shrink_steps: int = 0
     seconds: float = 0.0
     failure: Outcome | None = None  # of the smallest failing problem
+    lost: list[str] = field(default_factory=list)  # under torchrun: a sentence for each problem that a rank lost
 
     @property
     def drawn(self) -> int:
@@ -82,6 +83,50 @@ def fuzz(
             _keep(kept, result.failure.label)
     result.seconds = time.monotonic() - start
     return result
+
+
+def drawn(examples: int | None, seed: int, geometry: Geometry | None, most_tokens: int, kept: int) -> Iterator[Problem]:
+    """The problems that `fuzz` judges where none fails, in its order; without end where examples is None.
+
+    kept: failing problems of earlier runs, which are tried first and count as examples.
+    """
+    strategy = problems(None if geometry is None else st.just(geometry), most_tokens)
+    done, batch = kept, 0
+    while examples is None or done < examples:
+        count = BATCH if examples is None else min(BATCH, examples - done)
+        found = _some(strategy, count, seed + batch)
+        yield from found
+        done, batch = done + len(found), batch + 1
+
+
+def _some(strategy: st.SearchStrategy[Problem], count: int, seed: int) -> list[Problem]:
+    found: list[Problem] = []
+
+    def keep(problem: Problem) -> None:
+        found.append(problem)
+
+    _over_problems(strategy, count, seed, keep)()
+    return found
+
+
+def kept_names(database: Path | None, candidate: str) -> list[str]:
+    """Names of the problems that failed in earlier runs of this candidate."""
+    file = database / f"{_file_name(candidate)}.txt" if database else None
+    return file.read_text().split() if file is not None and file.exists() else []
+
+
+def shrink_failure(
+    candidate: str,
+    options: Options,
+    result: FuzzResult,
+    database: Path | None,
+    progress: Callable[[FuzzResult, Problem], None],
+) -> None:
+    """Shrink result.failure and keep its name, as `fuzz` does at its end."""
+    with options.runner(candidate) as runner:
+        _shrink(runner, candidate, options, result, progress)
+    assert result.failure is not None
+    _keep(database / f"{_file_name(candidate)}.txt" if database else None, result.failure.label)
 
 
 def _file_name(candidate: str) -> str:
@@ -169,6 +214,13 @@ def _batch(
             result.failure = outcome
             raise _Failing(problem.name)
 
+    return _over_problems(strategy, count, seed, attempt)
+
+
+def _over_problems(
+    strategy: st.SearchStrategy[Problem], count: int, seed: int, attempt: Callable[[Problem], None]
+) -> Callable[[], None]:
+    """A Hypothesis test that draws `count` problems and calls `attempt` with each."""
     configured = settings(
         max_examples=count,
         deadline=None,
