@@ -17,7 +17,9 @@ from moeref.interop.isolated_call import IsolatedCall
 from moeref.interop.runner import CandidateRun, Runner
 from moeref.interop.shared_inputs import SharedInputs
 from moeref.judge.compare import CRITERIA
-from moeref.judge.verdict import AUTO, ERROR, FAIL, INCONCLUSIVE, PASS, Figures, Verdict, judge
+from moeref.judge.detail import Detail, detail
+from moeref.judge.noise import Fit
+from moeref.judge.verdict import AUTO, ERROR, FAIL, INCONCLUSIVE, PASS, Figures, Known, Verdict, judge
 from moeref.make import make_inputs
 from moeref.reference import moe
 from moeref.routings import CAPTURED
@@ -40,6 +42,7 @@ class Options:
     isolate: bool = True
     routing_from: str = ""  # where routing kinds that are read from files were found; only repeated, not opened
     shards: int | None = None  # all shards of the layer are run and added: this many, 0 for E / L of the problem
+    keep_detail: bool = False  # outcomes hold where the error lies, for a report to draw
 
     def __post_init__(self) -> None:
         if self.preset not in CRITERIA:
@@ -106,6 +109,7 @@ class Outcome:
     traceback: str = ""
     cause: str = ""  # of an ERROR: 'import' or 'timeout' where it was that, else ''
     shards: tuple[ShardVerdict, ...] = ()  # under --ep
+    detail: Detail | None = None  # with Options.keep_detail, where values could be compared, and not under --ep
 
 
 Make = Callable[..., Inputs]
@@ -137,7 +141,7 @@ def judge_one(
     repeat: the command that repeats it; default that of the problem's name, which makes the inputs as make_inputs does.
     """
     start = time.perf_counter()
-    verdict, run = _one(runner, problem, options, make)
+    verdict, run, kept = _one(runner, problem, options, make)
     return Outcome(
         label=label,
         verdict=verdict,
@@ -147,6 +151,7 @@ def judge_one(
         repeat=repeat or options.repeat(candidate, problem),
         traceback=run.traceback if run else "",
         cause=run.cause if run else "",
+        detail=kept,
     )
 
 
@@ -209,7 +214,14 @@ def diagnose_one(
             yield Diagnosis("readout", finding, repeat)
 
 
-def _one(runner: Runner, problem: Problem, options: Options, make: Make) -> tuple[Verdict, CandidateRun | None]:
+def _one(
+    runner: Runner, problem: Problem, options: Options, make: Make
+) -> tuple[Verdict, CandidateRun | None, Detail | None]:
+    kept: list[Detail] = []
+
+    def look(output: torch.Tensor, known: Known, recipe: str, fit: Fit | None) -> None:
+        kept.append(detail(output, known, recipe, fit))
+
     with SharedInputs() as shared:
         inputs = make(problem, allocate=shared.allocate)
         run = runner.run(shared.describe(inputs), trials=options.trials)
@@ -218,9 +230,18 @@ def _one(runner: Runner, problem: Problem, options: Options, make: Make) -> tupl
             trace = moe(placed)
             recipe = run.recipe if options.recipe == AUTO else options.recipe
             criterion = CRITERIA[options.preset]
-            verdict = judge(problem.name, placed, trace, run, recipe, criterion, options.matched_ratio_alone)
+            verdict = judge(
+                problem.name,
+                placed,
+                trace,
+                run,
+                recipe,
+                criterion,
+                options.matched_ratio_alone,
+                look=look if options.keep_detail else None,
+            )
         except torch.cuda.OutOfMemoryError as error:
             figures = Figures(problem.seq_len, problem.offset, 0, 0, 0)
             text = f"the judge ran out of GPU memory: {str(error).splitlines()[0]}; try --device cpu"
             verdict = Verdict(problem.name, ERROR, (), "", False, figures, text)
-        return verdict, run
+        return verdict, run, kept[0] if kept else None

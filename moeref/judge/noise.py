@@ -63,6 +63,7 @@ class Fit:
     overall: Gate  # root mean square z over all active elements
     peak: Gate  # largest |z|
     gain: Gate  # |regression of the error on the reference|
+    by_expert: tuple[Gate, ...]  # root mean square z of each hit local expert's tokens beside its limit
     row_z: torch.Tensor  # [active] root mean square z of each active token
     row_excess: torch.Tensor  # [active] row_z over its limit
 
@@ -211,13 +212,15 @@ def fit(output: torch.Tensor, trace: Trace, noise: Noise, active: torch.Tensor, 
     per_row = norm * (1 - share + share * hidden / freedom)  # variance of each row's regression numerator
     gain_limit = SIGMAS * float(per_row.sum().sqrt() / norm.sum()) if float(norm.sum()) > 0 else 0.0
     gain_limit += 3 * ACCUMULATOR + GAIN_BIAS * hidden * len(square) / max(float(norm.sum()), 1e-300)
+    by_expert = _experts(square, spread, heavy, bound, trace, active) if grouped else ()
     return Fit(
         rows=_worst(excess, active),
-        experts=_experts(square, spread, heavy, bound, trace, active) if grouped else Gate(0.0, 1.0),
+        experts=_worst_of(by_expert) if grouped else Gate(0.0, 1.0),
         blocks=_blocks(block_square, noise, trace, active, bound) if grouped else Gate(0.0, 1.0),
         overall=Gate(math.sqrt(float(square.mean())), math.sqrt(overall_limit)),
         peak=Gate(peak, PEAK),
         gain=Gate(abs(gain), gain_limit),
+        by_expert=by_expert,
         row_z=square.sqrt(),
         row_excess=excess,
     )
@@ -236,18 +239,24 @@ def _worst(excess: torch.Tensor, names: torch.Tensor) -> Gate:
     return Gate(float(excess[worst]), 1.0, int(names[worst]))
 
 
+def _worst_of(gates: tuple[Gate, ...]) -> Gate:
+    """The gate whose value is the most times its limit, in units of that limit."""
+    times = torch.tensor([gate.value / gate.limit for gate in gates], dtype=torch.float64)
+    return _worst(times, torch.tensor([gate.where for gate in gates]))
+
+
 def _experts(
     square: torch.Tensor, spread: torch.Tensor, heavy: torch.Tensor, bound: float, trace: Trace, active: torch.Tensor
-) -> Gate:
+) -> tuple[Gate, ...]:
     """Mean square z over each local expert's tokens. Tokens are independent, so limits tighten with their number."""
-    excess, names = [], []
+    gates = []
     for expert, span in expert_spans(trace.permutation.expert_offsets):
         tokens = trace.permutation.permuted_idx_to_token_idx[span]
         at = torch.searchsorted(active, tokens[torch.isin(tokens, active)])
         if len(at):
-            excess.append((square[at].mean() / _mean_limit(spread[at], heavy[at], bound)).sqrt())
-            names.append(expert)
-    return _worst(torch.stack(excess), torch.tensor(names))
+            limit = _mean_limit(spread[at], heavy[at], bound)
+            gates.append(Gate(math.sqrt(float(square[at].mean())), math.sqrt(limit), expert))
+    return tuple(gates)
 
 
 def _blocks(block_square: torch.Tensor, noise: Noise, trace: Trace, active: torch.Tensor, bound: float) -> Gate:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -101,6 +101,11 @@ class Known:
         return self._emulations
 
 
+Look = Callable[[torch.Tensor, Known, str, Fit | None], None]
+"""Called as look(output [T, H], known, recipe, fit): the output that lies worst, of several different ones; recipe ''
+and fit None where no token is active."""
+
+
 def judge(
     problem: str,
     inputs: Inputs,
@@ -110,12 +115,14 @@ def judge(
     criterion: Criterion = CRITERIA["published"],
     matched_ratio_alone: bool = False,
     known: Known | None = None,
+    look: Look | None = None,
 ) -> Verdict:
     """Judge what a candidate did with `inputs` (CPU or GPU), given the exact float32 reference trace of them.
 
     recipe: a recipe's name, or 'auto' to find the nearest legal one. matched_ratio_alone: decide by form, finiteness
     and `criterion` as the published evaluator does, and list in `missed` what else failed. known: of the same trace and
-    inputs, kept by a caller who judges many candidates on one problem.
+    inputs, kept by a caller who judges many candidates on one problem. look: called with what the values were judged
+    by, where they could be compared at all.
     """
     base = _base(inputs, trace)
     if observed.status != "ok":
@@ -144,10 +151,15 @@ def judge(
     name, was_found, behaves = "", False, ""
     if len(active):
         name, was_found, fits = _fit_recipe(outputs, known, recipe)
-        worst = max(fits, key=lambda one: (not one.passed, one.rows.value))
+        at = max(range(len(fits)), key=lambda at: (not fits[at].passed, fits[at].rows.value))
+        worst = fits[at]
         found += checks.noise(worst, name)
         behaves = "" if was_found or worst.passed else _behaves_like(outputs, known, name)
         measured = replace(measured, noise_z=worst.overall.value)
+        if look is not None:
+            look(outputs[at], known, name, worst)
+    elif look is not None:
+        look(outputs[0], known, "", None)
     silent = not (trace.output.numel() and float(trace.output.abs().max()))
     vacuous = _why_vacuous(measured) if silent else ""
     verdict = conclude(problem, found, name, was_found, measured, matched_ratio_alone, vacuous)
