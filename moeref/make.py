@@ -27,7 +27,11 @@ def zeros(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor
 
 
 def make_inputs(
-    problem: Problem, experts: str = "hit", allocate: Allocate = zeros, routed_as: Problem | None = None
+    problem: Problem,
+    experts: str = "hit",
+    allocate: Allocate = zeros,
+    routed_as: Problem | None = None,
+    drawn: set[int] | None = None,
 ) -> Inputs:
     """The problem's ten inputs on the CPU.
 
@@ -36,6 +40,8 @@ def make_inputs(
     allocate  called once a tensor with (name, shape, dtype); must return zeroed memory on the CPU.
     routed_as the problem that logits and bias are drawn for, by default this one. Some routing kinds aim at the shard:
               the shards of one layer have to see the same tokens.
+    drawn     global ids whose weights `allocate`'s tensors hold already, from an earlier problem that differs in its
+              tokens alone; those drawn now are added.
     Raises SpecError for an unknown kind.
     """
     g = problem.geometry
@@ -52,6 +58,9 @@ def make_inputs(
         wanted &= set(routing.topk_ids.flatten().tolist())
     elif experts != "all":
         raise ValueError(f"experts={experts!r}: expected 'hit' or 'all'")
+    if drawn is not None:
+        wanted -= drawn
+        drawn |= wanted
     for slot in range(g.num_local_experts):
         expert = problem.offset + slot
         scale1, scale2 = draw_weight_scales(problem, expert)

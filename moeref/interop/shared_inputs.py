@@ -124,10 +124,13 @@ class SharedInputs:
     with SharedInputs() as shared:
         inputs = make_inputs(problem, allocate=shared.allocate)
         runner.run(shared.describe(inputs))
+
+    kept   where some of the tensors may have been allocated too, to be used for several problems
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kept: SharedInputs | None = None) -> None:
         self._files: dict[int, SharedFile] = {}  # by the tensor's address
+        self._kept = kept
 
     def __enter__(self) -> SharedInputs:
         return self
@@ -154,12 +157,15 @@ class SharedInputs:
     def describe(self, inputs: Inputs) -> Description:
         """What opens these inputs elsewhere. Tensors that were not allocated here are copied first."""
         places = {}
+        files = {**self._kept._files, **self._files} if self._kept is not None else self._files
         for name, tensor in inputs.tensors().items():
-            if tensor.numel() and (tensor.device.type != "cpu" or tensor.data_ptr() not in self._files):
+            path = ""
+            if tensor.numel() and tensor.device.type == "cpu" and tensor.data_ptr() in files:
+                path = files[tensor.data_ptr()].path
+            elif tensor.numel():
                 copy = self.allocate(name, tuple(tensor.shape), tensor.dtype)
                 copy.view(torch.uint8).copy_(tensor.contiguous().view(torch.uint8))
-                tensor = copy
-            path = self._files[tensor.data_ptr()].path if tensor.numel() else ""
+                path = self._files[copy.data_ptr()].path
             places[name] = Place(path, 0, tuple(tensor.shape), _dtype_name(tensor.dtype))
         geometry, offset, factor = inputs.geometry, inputs.local_expert_offset, inputs.routed_scaling_factor
         return Description(geometry.code, offset, factor, places)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from moeref.interop.runner import Runner
-from moeref.ranks.part import Part, work
+from moeref.ranks.part import Part, Weights, work
 from moeref.ranks.shards import Shard, cut
 from moeref.ranks.total import Alone, Together, judge_total
 from moeref.spec import Problem
@@ -19,17 +19,24 @@ def verify_layers(candidate: str, problems: Sequence[tuple[str, Problem]], optio
     """Judge the sum over all shards of each problem's layer, all shards in turn in this process; as moeref.verify."""
     for _, problem in problems:
         cut(problem.geometry, options.shards or 0)  # a wrong number is said before anything runs
-    with options.runner(candidate) as runner:
+    with options.runner(candidate) as runner, kept_weights(options) as weights:
         for label, problem in problems:
             mine = cut(problem.geometry, options.shards or 0)
-            parts, seconds = parts_of(runner, problem, mine, options)
+            parts, seconds = parts_of(runner, problem, mine, options, weights)
             yield add_up(candidate, label, problem, options, parts, seconds, Alone())
 
 
-def parts_of(runner: Runner, problem: Problem, mine: Sequence[Shard], options: Options) -> tuple[list[Part], float]:
+def kept_weights(options: Options) -> Weights:
+    """Weights are kept on a machine with a GPU: it has the memory for a layer, and its time is dear."""
+    return Weights(on=options.device.startswith("cuda"))
+
+
+def parts_of(
+    runner: Runner, problem: Problem, mine: Sequence[Shard], options: Options, weights: Weights
+) -> tuple[list[Part], float]:
     """The parts of this process's shards, one shard after the other, and the seconds that they took."""
     start = time.perf_counter()
-    return [work(runner, problem, shard, options) for shard in mine], time.perf_counter() - start
+    return [work(runner, problem, shard, options, weights) for shard in mine], time.perf_counter() - start
 
 
 def add_up(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -53,12 +54,50 @@ class Part:
     adopted: tuple[int, ...]  # for each of them the choice that this shard's rows come nearest to; 0 is `share`
 
 
-def work(runner: Runner, layer: Problem, shard: Shard, options: Options) -> Part:
+class Weights:
+    """Weights of shards, kept from one problem to the next: at full size drawing them takes longer than all else.
+
+    A context manager. on: False keeps nothing; a layer of DeepSeek-V3 takes 11 GB.
+    """
+
+    NAMES = ("gemm1_weights", "gemm2_weights")
+
+    def __init__(self, on: bool) -> None:
+        self.on = on
+        self.shared = SharedInputs()
+        self._tensors: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._drawn: dict[tuple[Any, ...], set[int]] = {}
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._tensors.clear()
+        self.shared.close()
+
+    def make(self, problem: Problem, layer: Problem, shared: SharedInputs) -> Inputs:
+        """The problem's inputs, routed as the layer; what is not kept is allocated in `shared`."""
+        if not self.on:
+            return make_inputs(problem, allocate=shared.allocate, routed_as=layer)
+        key = (problem.geometry, problem.offset, problem.values, problem.seed)
+
+        def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            if name not in self.NAMES:
+                return shared.allocate(name, shape, dtype)
+            if (*key, name) not in self._tensors:
+                self._tensors[(*key, name)] = self.shared.allocate(name, shape, dtype)
+            return self._tensors[(*key, name)]
+
+        drawn = self._drawn.setdefault(key, set())
+        return make_inputs(problem, allocate=allocate, routed_as=layer, drawn=drawn)
+
+
+def work(runner: Runner, layer: Problem, shard: Shard, options: Options, weights: Weights) -> Part:
     """Run the candidate on one shard of `layer` and judge it. Raises as moeref.verify.verify."""
     start = time.perf_counter()
     problem = shard.problem(layer)
-    with SharedInputs() as shared:
-        inputs = make_inputs(problem, allocate=shared.allocate, routed_as=layer)
+    with SharedInputs(weights.shared) as shared:
+        inputs = weights.make(problem, layer, shared)
         run = runner.run(shared.describe(inputs), trials=options.trials)
         placed = inputs.to(options.device)
         trace = moe(placed)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moeref.ranks.layer import add_up, parts_of
+from moeref.ranks.layer import add_up, kept_weights, parts_of
 from moeref.ranks.shards import cut, dealt
 from moeref.ranks.world import World
 from moeref.spec import Problem
@@ -54,12 +54,12 @@ def adding(
     assert world is not None
     here = on_this_rank(options)
     together = Processes(world, here.device, group)
-    with here.runner(candidate) as runner:
+    with here.runner(candidate) as runner, kept_weights(here) as weights:
 
         def do(index: int) -> Generator[None, None, Outcome]:
             label, problem, _ = items[index]
             mine = dealt(cut(problem.geometry, options.shards or 0), world.rank, world.size)
-            parts, seconds = parts_of(runner, problem, mine, here)
+            parts, seconds = parts_of(runner, problem, mine, here, weights)
             yield
             outcome = add_up(candidate, label, problem, here, parts, seconds, together)
             return replace(outcome, repeat=options.repeat(candidate, problem))
