@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -274,17 +274,3 @@ def test_work_is_bytes_of_experts_hit_and_operations_of_rows() -> None:
     work = Work.of(Problem.parse("dsv3-t1-o0-iid-published-s0").geometry, torch.tensor([0, 3, 0, 1]))
     assert (work.local_rows, work.experts_hit) == (4, 2)
     assert work.weight_bytes == 2 * 44_040_192 and work.flops == 4 * 88_080_384
-
-
-# ---- what only a GPU has
-
-
-def test_the_candidates_memory_is_told_from_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    allocated: Iterator[int] = iter([100, 1100])
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(allocated))
-    for name in ("synchronize", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda device: None)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1850)
-    memory = device_tools.Memory(torch.device("cpu"))
-    assert memory.own(lambda: "inputs") == "inputs"
-    assert memory.peak_of(lambda: None) == 850  # 100 kept from before, 750 in this call
