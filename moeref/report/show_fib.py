@@ -45,7 +45,7 @@ def describe(path: Path) -> list[str]:
 
 
 def _data_set(data: DataSet) -> list[str]:
-    lines = [f"{data.root}: {len(data.definitions)} MoE definitions"]
+    lines = [f"{data.root}: MoE definitions: {len(data.definitions)}"]
     for name, definition in data.definitions.items():
         workloads, solutions = data.workloads.get(name, []), data.solutions.get(name, [])
         lines += ["", *_definition(definition), f"workloads: {len(workloads)}"]
