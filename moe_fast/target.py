@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,12 @@ def target_of(device: torch.device | str | None = None) -> Target:
     if chosen.type != "cuda" or not torch.cuda.is_available():
         raise ValueError(f"device {chosen}: expected cpu, or a CUDA device of this machine")
     return _target("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
+
+
+@functools.cache
+def has_module(name: str) -> bool:
+    """Whether a top-level module is installed; it is not imported."""
+    return importlib.util.find_spec(name) is not None
 
 
 @functools.cache

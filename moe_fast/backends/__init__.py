@@ -1,5 +1,7 @@
 """One file per backend, found by listing this folder: a new backend is a new file that defines BACKEND.
 
+A file whose backend has named variants defines BACKENDS, a tuple of them all. Files that start with _ are helpers.
+
 A backend module must import without triton or a GPU: what it needs, it imports inside `run`, and says in
 `unsupported` why it can't run somewhere. A module that fails to import is listed with that reason.
 """
@@ -36,6 +38,7 @@ class Backend:
     unsupported: Callable[[Geometry, torch.device], str | None]  # why it can't run there, or None
     priority: int  # of those that can run, the highest is taken
     summary: str
+    choices: tuple[Backend, ...] = ()  # of one that stands for others: the first that can run is taken
 
 
 class NoBackend(RuntimeError):
@@ -45,16 +48,18 @@ class NoBackend(RuntimeError):
 @functools.cache
 def backends() -> dict[str, Backend]:
     """Every backend by name, highest priority first. Broken modules come last, unsupported everywhere."""
-    found = []
+    found: list[Backend] = []
     for module in pkgutil.iter_modules(__path__):
         if module.name.startswith("_"):
             continue
         try:
-            backend = importlib.import_module(f"{__name__}.{module.name}").BACKEND
-            assert isinstance(backend, Backend), f"BACKEND is {type(backend).__name__}"
+            loaded = importlib.import_module(f"{__name__}.{module.name}")
+            mine = loaded.BACKENDS if hasattr(loaded, "BACKENDS") else (loaded.BACKEND,)
+            for backend in mine:
+                assert isinstance(backend, Backend), f"BACKEND is {type(backend).__name__}"
         except Exception as error:
-            backend = _broken(module.name, f"its module can't be imported: {type(error).__name__}: {error}")
-        found.append(backend)
+            mine = (_broken(module.name, f"its module can't be imported: {type(error).__name__}: {error}"),)
+        found += mine
     return {backend.name: backend for backend in sorted(found, key=lambda one: (-one.priority, one.name))}
 
 
@@ -83,6 +88,20 @@ def by_name(name: str) -> Backend:
     return backends()[name]
 
 
+def _resolve(chooser: Backend, geometry: Geometry, device: torch.device) -> Candidate:
+    """The candidate that a backend with choices stands for there, under the chooser's name."""
+    from moeref.interop.candidates import Candidate
+
+    chosen = next(one for one in chooser.choices if one.unsupported(geometry, device) is None)
+    return Candidate(
+        chooser.name,
+        chosen.run,
+        recipe=chosen.recipe,
+        deterministic=chosen.deterministic,
+        summary=f"{chooser.summary}; here {chosen.name}",
+    )
+
+
 def candidates() -> dict[str, Candidate]:
     """Every backend as a candidate, and 'moe_fast', the one that moe_fast.moe picks (entry point of moeref)."""
     import moe_fast
@@ -96,6 +115,7 @@ def candidates() -> dict[str, Candidate]:
             deterministic=backend.deterministic,
             unsupported=backend.unsupported,
             summary=backend.summary,
+            resolve=functools.partial(_resolve, backend) if backend.choices else None,
         )
         for backend in backends().values()
     }
