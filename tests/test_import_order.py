@@ -22,7 +22,7 @@ LAYERS = [
     ["diagnose", "interop"],
     ["testing.strategies"],
     ["verify"],
-    ["ranks", "verify_data_set"],
+    ["ranks", "verify_data_set", "explain"],
     ["golden", "bench"],
     ["report", "testing"],
     ["commands"],

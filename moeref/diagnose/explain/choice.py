@@ -40,6 +40,7 @@ class Read:
     seen: Tensor  # [N, E] bool, columns that were read
     geometry: Geometry
     factor: float
+    offset: int
 
 
 def read_routing_weights(call: Call, problem: Problem, device: str) -> Read | None:
@@ -61,7 +62,7 @@ def read_routing_weights(call: Call, problem: Problem, device: str) -> Read | No
     if not len(got) or not bool(got.any()):
         return None
     chosen = got.abs() > NOTHING * abs(stand.factor)
-    return Read(logits, bias, got, chosen, seen, stand.geometry, stand.factor)
+    return Read(logits, bias, got, chosen, seen, stand.geometry, stand.factor, problem.offset)
 
 
 Scores = Callable[[Tensor], Tensor]
@@ -163,21 +164,42 @@ def judge_routing(read: Read) -> Fact | None:
     lead = f"the routing read out chooses wrong experts for {wrong} of {count} tokens without ties"
     if wrong <= (1 - AGREE) * count:
         return _weights_alone(read, weighed, count)
-    for stage, name, choice, scores in _rules(read):
-        same = _same(read, choice)
-        if float(same.double().mean()) >= AGREE:
-            if stage == "routing" and bool(weighed.all()):
-                continue  # the weights come from the right scores
-            note = ""
-            if not bool(weighed.all()) and bool(read.seen.all()):
-                own = float(_weights_of(read, scores).double().mean())
-                note = ", and its weights are of such scores" if own >= AGREE else ""
-            return Fact(f"{lead}; all choose as if {name}{note}", (stage,) * 2)
+    due = choose(read, s, s + read.bias)
+    if not bool((read.chosen & ~due & read.seen).any()):
+        return _lost(read, due & ~read.chosen & read.seen, due, lead)
+    agreeing = [
+        (float(_weights_of(read, scores).double().mean()), stage, name)
+        for stage, name, choice, scores in _rules(read)
+        if float(_same(read, choice).double().mean()) >= AGREE
+    ]
+    if agreeing:
+        own, stage, name = max(agreeing, key=lambda one: one[0] >= AGREE)
+        note = ", and its weights are of those scores" if own >= AGREE else ""
+        return Fact(f"{lead}; all choose as if {name}{note}", (stage,) * 2)
     if read.geometry.n_group > 1 and float(_some_groups(read).double().mean()) >= AGREE:
         return Fact(f"{lead}; each takes the best experts of some groups, but of wrong groups", ("groups", "topk"))
     if bool(read.seen.all()) and float(weighed.double().mean()) < 0.5 and not bool(_scaled(read, s).any()):
         return Fact(f"{lead}, and weights are of other scores", ("routing", "weights"))
     return Fact(f"{lead}; no other rule for bias, scores or groups gives that choice", ("topk", "bias", "groups"))
+
+
+def _lost(read: Read, lost: Tensor, due: Tensor, lead: str) -> Fact:
+    """Choices that are due and missing, none beyond: of which local experts, or of which of a token's rows?"""
+    count = read.geometry.num_local_experts
+    shard = (torch.arange(due.shape[1], device=due.device) - read.offset) // count
+    local = (torch.arange(due.shape[1], device=due.device) - read.offset) % count
+    rank = torch.zeros_like(due, dtype=torch.long)
+    for one in sorted(set(shard.tolist())):
+        columns = shard == one
+        rank[:, columns] = due[:, columns].long().cumsum(1) - 1
+    for figure, text, stages in (
+        (local.expand_as(rank), "always of the same local experts", ("offset", "offset", "permute")),
+        (rank, "always the same ones of a token's local rows", ("combine", "combine", "permute")),
+    ):
+        share = [float(lost[due & (figure == value)].double().mean()) for value in sorted(set(figure[due].tolist()))]
+        if all(one < 1 - AGREE or one > AGREE for one in share) and min(share) < 0.5 < max(share):
+            return Fact(f"{lead}: some are missing, {text}", stages)
+    return Fact(f"{lead}: some are missing, none is there beyond those due", ("permute", "topk", "combine"))
 
 
 def _scaled(read: Read, scores: Tensor) -> Tensor:

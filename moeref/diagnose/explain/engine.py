@@ -93,9 +93,9 @@ class _Explainer:
 
     def run(self) -> Explanation:
         case = self.case
+        answers = self._ask_panel()
         case.say(f"the problem {case.problem.name}")
         own = Prepared((Step(case.problem.name),), case.device)
-        self.subject.restart()
         first = ask(self.subject, own, 0)
         if first.observed.status != "ok":
             return self._explanation(False, None, (), facts=(first.observed.message,))
@@ -104,7 +104,6 @@ class _Explainer:
             detail = next(check.detail for check in verdict.checks if check.name == "form")
             return self._explanation(False, None, (self._suspect("output", detail, case.problem.name),))
         self.takes_out = first.observed.poisoned
-        answers = self._ask_panel()
         verdicts = [self._judge(self.library.panel, one, k) for k, one in enumerate(answers)]
         wrong = [k for k, one in enumerate(verdicts) if one.status not in (PASS, INCONCLUSIVE)]
         recipe = self._recipe([verdict, *verdicts])
@@ -118,7 +117,7 @@ class _Explainer:
         search = Search(answers, self.library.hypotheses(self.takes_out))
         scores = search.run(wrong, recipe)
         fitting = self._told_apart([one for one in scores if one.fits])
-        if fitting and verdict.status == FAIL:
+        if verdict.status == FAIL and fitting and not self._is_state(fitting[0]):
             fitting = self._confirmed(fitting, own, first)
         if fitting:
             suspects = self._named(fitting, wrong, scores)
@@ -141,7 +140,6 @@ class _Explainer:
             message = answers[0].observed.message
             self.facts.append(f"it does not run at small geometries ({message}): diagnosed at {self._geometry()}")
             self.library = Library(self.case.device, panel_at(self.case.problem.geometry))
-            self.subject.restart()
             prepared = self.library.panel
             answers = [ask(self.subject, prepared, 0)]
         return answers + [ask(self.subject, prepared, k) for k in range(1, prepared.length)]
@@ -168,7 +166,6 @@ class _Explainer:
         self.case.say("laws and read-outs")
         own = self.library.panel.steps is not PANEL
         problem = self.case.problem if own else Problem.parse(DIAGNOSIS[0])
-        self.subject.restart()
         found = run_readouts(self.call, problem, device=self.case.device)
         if own and problem.geometry.hidden_size * problem.geometry.intermediate_size > SMALL:
             return found  # laws draw every local expert's weights: minutes at such a size
@@ -320,7 +317,6 @@ class _Explainer:
         if self.library.panel.steps is not PANEL:
             return []
         self.case.say("the routing matrix, and what gemm2 was fed")
-        self.subject.restart()
         found = []
         read = read_routing_weights(self.call, Problem.parse(DIAGNOSIS[0]), self.case.device)
         if read is not None and (fact := judge_routing(read)):
@@ -345,7 +341,6 @@ class _Explainer:
             return None
         self.case.say("the smallest problem that still fails")
         deadline = time.perf_counter() + self.case.shrink_seconds
-        self.subject.restart()
 
         def fails(problem: Problem) -> bool:
             if time.perf_counter() > deadline:

@@ -113,9 +113,9 @@ def _before(fed: Tensor, rows: Tensor, inputs: Inputs, trace: Trace) -> list[Fac
         return [Fact(f"{lead}: SwiGLU's right result with wrong scales of its 1x128 blocks", ("requantize",) * 2)]
     other = _of_other_tokens(fed[off], rows[off], inputs, trace)
     if other:
-        return [Fact(f"{lead}: {other} of them another token's right result", ("permute", "permute", "gemm1"))]
+        return [Fact(f"{lead}: {other[0]}", other[1])]
     up, gate = trace.gemm1_out[rows[off]].double().chunk(2, dim=-1)
-    rough = _function_of(gate, fed[off] / up, up)
+    rough = _function_of(gate, fed[off] / up, up, (fed[off] - due[off]).abs() > 0.1 * due[off].abs())
     if rough <= SMOOTH:
         return [Fact(f"{lead}: up times a function of the gate that is not silu", ("swiglu",) * 2)]
     size = due[off].abs()
@@ -133,25 +133,37 @@ def _relative(one: Tensor, other: Tensor) -> Tensor:
     return (one - other).square().sum(-1) / (one.square().sum(-1) + other.square().sum(-1)).clamp(min=1e-300)
 
 
-def _function_of(gate: Tensor, value: Tensor, up: Tensor) -> float:
-    """How far `value` is from a function of the gate: mean square of neighbours' differences over the variance."""
-    usable = (up.abs() > 0.5 * up.abs().mean()) & torch.isfinite(value)
+def _function_of(gate: Tensor, value: Tensor, up: Tensor, which: Tensor) -> float:
+    """How far `value` is, where `which`, from a function of the gate: neighbours' squared steps over the variance."""
+    usable = which & (up.abs() > 0.5 * up.abs().mean()) & torch.isfinite(value)
     order = gate[usable].argsort()
     taken = value[usable][order]
     if len(taken) < 64:
         return 1.0
     spread = float(taken.var())
-    return float(taken.diff().square().median()) / 0.45 / 2 / spread if spread else 1.0
+    return float(taken.diff().square().quantile(0.8)) / 2 / spread if spread else 1.0
 
 
-def _of_other_tokens(fed: Tensor, rows: Tensor, inputs: Inputs, trace: Trace) -> int:
-    """How many rows are SwiGLU's right result of another token under the same expert, 0 unless most are."""
+def _of_other_tokens(fed: Tensor, rows: Tensor, inputs: Inputs, trace: Trace) -> tuple[str, tuple[str, ...]] | None:
+    """Whether most rows are SwiGLU's result of another token, or of its payload or its scales alone."""
+    tokens = trace.permutation.permuted_idx_to_token_idx[rows]
     experts = torch.searchsorted(trace.permutation.expert_offsets, rows, right=True) - 1
-    hidden = dequantize_1x128(inputs.hidden_states, inputs.hidden_states_scale.T.float())
-    count = 0
+    payload, scale = inputs.hidden_states, inputs.hidden_states_scale.T.float()
+    everyone = torch.arange(len(payload), device=payload.device)
+    count = [0, 0, 0]
     for expert in sorted(set(experts.tolist())):
         weight = dequantize_128x128(inputs.gemm1_weights[expert], inputs.gemm1_weights_scale[expert].float())
-        everyone = swiglu(hidden @ weight.T).double()  # [T, I]
-        for row in fed[experts == expert]:
-            count += int(bool((_relative(row, everyone) <= CLOSE).any()))
-    return count if 2 * count > len(fed) else 0
+        for row, token in zip(fed[experts == expert], tokens[experts == expert], strict=True):
+            own = token.expand_as(everyone)
+            for kind, (one, other) in enumerate(((everyone, everyone), (everyone, own), (own, everyone))):
+                taken = payload.view(torch.uint8)[one].view(payload.dtype)
+                due = swiglu(dequantize_1x128(taken, scale[other]) @ weight.T).double()
+                count[kind] += int(bool((_relative(row, due) <= CLOSE).any()))
+    whole, payloads, scales = count
+    most = max(count)
+    if 2 * most <= len(fed):
+        return None
+    if most in (whole, payloads):
+        what = "right result" if most == whole else "payload with their own scales"
+        return f"{most} of them another token's {what}", ("permute", "permute", "gemm1")
+    return f"{scales} of them their own payload with another token's scales", ("activation_scale", "activation_scale")

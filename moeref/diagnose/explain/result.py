@@ -14,10 +14,10 @@ class Suspect:
     fault     name of a catalogue entry under which the reference answers as the candidate does; None where only the
               stage is suspected.
     evidence  one sentence with numbers.
-    match     share of the candidate's error that the hypothesis explains, over every problem looked at:
-              1 - |candidate - hypothesis|^2 / |candidate - reference|^2, rows of the output weighted alike, the worst
-              problem counts. 1: the candidate does what the hypothesis does; 0: no better than a right kernel. None
-              where no catalogue entry is meant.
+    match     share of the candidate's error that the hypothesis explains, over every problem looked at together:
+              1 - |candidate - hypothesis|^2 / |candidate - right kernel|^2, every row of an output weighted alike.
+              1: the candidate does what the hypothesis does; 0: no better than a right kernel. None where no catalogue
+              entry is meant.
     source    the catalogue entry's sources (issues and commits, or 'synthetic'); None without an entry.
     replay    one command line that shows it again.
     """
@@ -47,12 +47,12 @@ class Explanation:
     def headline(self) -> str:
         """One sentence: the verdict and the first suspect."""
         if self.correct:
-            return f"{self.candidate}: nothing is wrong on {self.problem}; it behaves like recipe {self.recipe}"
+            return f"{self.candidate}: nothing is wrong; it behaves like recipe {self.recipe}"
         if not self.suspects:
-            return f"{self.candidate}: wrong on {self.problem}, and nothing known fits"
+            return f"{self.candidate} is wrong, and nothing known fits"
         first = self.suspects[0]
         cause = f"looks like {first.fault}" if first.fault else "no catalogue entry fits"
-        return f"{self.candidate}: wrong on {self.problem}; stage {first.stage}, {cause}"
+        return f"{self.candidate} is wrong: stage {first.stage}, {cause}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: the fields by name, suspects best first."""

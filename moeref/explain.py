@@ -1,0 +1,84 @@
+"""`moeref explain` without its command line: a candidate by name, in a process of its own, to an Explanation."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from moeref.diagnose.explain.engine import Case, Library, explain
+from moeref.diagnose.explain.result import Explanation
+from moeref.inputs import Inputs
+from moeref.interop.bundle import write_bundle
+from moeref.interop.isolated_call import IsolatedCall
+from moeref.interop.observe import CandidateRun
+from moeref.interop.runner import Runner
+from moeref.make import make_inputs
+from moeref.reference import moe
+from moeref.spec import Problem
+from moeref.verify import Options
+
+
+class RunnerSubject:
+    """moeref.diagnose.explain.panel.Subject over a Runner: restart() ends the candidate's process."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.asked = False
+
+    def restart(self) -> None:
+        """A fresh process, where the old one was asked anything."""
+        if self.asked:
+            self.runner.close()
+            self.asked = False
+
+    def observe(self, inputs: Inputs, then: Inputs | None = None) -> CandidateRun:
+        """Two calls."""
+        self.asked = True
+        return self.runner.run(inputs, then=then)
+
+
+def explain_candidate(
+    candidate: str,
+    problem: Problem,
+    options: Options,
+    *,
+    shrink_seconds: float = 6.0,
+    say: Callable[[str], None] = lambda text: None,
+    library: Library | None = None,
+) -> Explanation:
+    """What is wrong with the candidate. say: is told what is being done.
+
+    Raises SpecError for a problem of an unknown kind, and moeref.interop.candidates.CandidateError where the candidate
+    can't be found at all.
+    """
+
+    def replay(problems: Sequence[str]) -> str:
+        words = ["moeref", "verify", candidate]
+        for name in problems:
+            words += ["--problem", name]
+        if options.device != "cpu":
+            words += ["--device", options.device]
+        return shlex.join(words)
+
+    with options.runner(candidate) as runner:
+        subject = RunnerSubject(runner)
+        case = Case(
+            candidate,
+            problem,
+            recipe=options.recipe,
+            device=options.device,
+            shrink_seconds=shrink_seconds,
+            replay=replay,
+            say=say,
+        )
+        return explain(subject, IsolatedCall(runner), case, library)
+
+
+def bundle(candidate: str, problem: Problem, options: Options, folder: Path) -> list[Path]:
+    """Write a replay bundle of one problem (moeref.interop.bundle); the files written."""
+    inputs = make_inputs(problem)
+    with options.runner(candidate) as runner:
+        run = runner.run(inputs)
+    reference = moe(inputs.to(options.device)).output.cpu()
+    return write_bundle(folder, problem.name, candidate, inputs, run.outputs, reference)
