@@ -203,7 +203,8 @@ def load(
 ) -> Kernel:
     """A kernel of a source, compiled if need be, loaded into a device's primary context."""
     with torch.cuda.device(device):
-        torch.cuda.current_stream().synchronize()  # torch makes its context current
+        if not torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream().synchronize()  # torch makes its context current
         return Kernel(_module(name, defines, device), function, threads, shared_bytes)
 
 

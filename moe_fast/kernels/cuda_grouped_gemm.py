@@ -1,8 +1,9 @@
 """Grouped FP8 GEMMs in CUDA C++ (wgmma, TMA, warp specialisation) for many rows an expert: arithmetic is the cost.
 
-gemm1: gathered rows times gemm1_weights, SwiGLU, 1x128 re-quantisation. gemm2: those rows times gemm2_weights, not yet
-weighted. Axes: T, L, H, I as everywhere; P permuted rows, sorted by expert. H and I are multiples of 128. The grid
-never depends on the counts, which the kernels read from expert_offsets on the device. Needs compute capability 9.0.
+One launch does gemm1 (gathered rows times gemm1_weights, SwiGLU, 1x128 re-quantisation) and gemm2 (those rows times
+gemm2_weights, not yet weighted). Axes: T, L, H, I as everywhere; P permuted rows, sorted by expert. H and I are
+multiples of 128. The grid never depends on the counts, which the kernel reads from expert_offsets on the device. Needs
+compute capability 9.0.
 
 `counters` [2] int32 must be zero before a launch and is zero after it. `cluster` CTAs share each load of weights.
 """
@@ -10,12 +11,13 @@ never depends on the counts, which the kernels read from expert_offsets on the d
 from __future__ import annotations
 
 import ctypes
-import functools
 import itertools
+from dataclasses import dataclass
 
 import torch
 
 from moe_fast.kernels.cuda_build import TensorMap, load, tensor_map
+from moe_fast.target import target_of
 
 THREADS = 384
 DYNAMIC_SHARED = 212992
@@ -23,35 +25,56 @@ MAX_EXPERTS = 512
 
 
 class Params(ctypes.Structure):
-    """Params of grouped_gemm.cu."""
+    """Params of layout.cuh."""
 
     _fields_ = (
-        ("tokens", ctypes.c_void_p),
-        ("token_scale", ctypes.c_void_p),
-        ("row_index", ctypes.c_void_p),
-        ("weight_scale", ctypes.c_void_p),
-        ("expert_offsets", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("out_scale", ctypes.c_void_p),
-        ("counters", ctypes.c_void_p),
-        ("token_scale_stride", ctypes.c_int64),
-        ("out_scale_stride", ctypes.c_int64),
-        ("depth", ctypes.c_int),
-        ("columns", ctypes.c_int),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "hidden_states",
+                "hidden_states_scale",
+                "gemm1_weights_scale",
+                "gemm2_weights_scale",
+                "row_index",
+                "expert_offsets",
+                "requantized",
+                "requantized_scale",
+                "gemm2_out",
+                "tiles_done",
+                "counters",
+                "idle_tokens",
+                "idle_count",
+                "output",
+            )
+        ),
+        ("hidden_states_scale_stride", ctypes.c_int64),
+        ("requantized_scale_stride", ctypes.c_int64),
+        ("hidden", ctypes.c_int),
+        ("intermediate", ctypes.c_int),
         ("experts", ctypes.c_int),
         ("wide", ctypes.c_int),
+        ("phases", ctypes.c_int),
+        ("unused", ctypes.c_int),
     )
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Tokens whose rows of output [T, H] bfloat16 become zero: the first idle_count [1] of idle_tokens [T], int32."""
+
+    tokens: torch.Tensor
+    count: torch.Tensor
+    output: torch.Tensor
+
+
+def num_tiles(rows: int, local: int) -> int:
+    """Length of tiles_done for that many rows at most: one more than the largest tile_of of layout.cuh."""
+    return rows // 128 + local + 1
 
 
 def defines(cluster: int) -> tuple[tuple[str, int], ...]:
     """What a variant of grouped_gemm.cu is compiled with."""
     return (("CLUSTER", cluster), ("DYNAMIC_SHARED", DYNAMIC_SHARED))
-
-
-@functools.cache
-def sm_count(device: int) -> int:
-    """Multiprocessors of a device."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def weights_map(weights: torch.Tensor) -> TensorMap:
@@ -67,133 +90,109 @@ def weights_map(weights: torch.Tensor) -> TensorMap:
     return tensor_map(weights.data_ptr(), sizes, strides, (128, 2, 4, 4, 4))[0]
 
 
-def _launch(name: str, made: TensorMap, params: Params, device: torch.device, cluster: int, pdl: bool) -> None:
-    index = device.index or 0
-    kernel = load("grouped_gemm.cu", defines(cluster), name, THREADS, DYNAMIC_SHARED, index)
-    blocks = sm_count(index) // cluster * cluster
-    kernel.launch(blocks, (made, params), torch.cuda.current_stream(device).cuda_stream, pdl)
-
-
-def gemm1(
+def grouped_gemms(
     hidden_states: torch.Tensor,
     hidden_states_scale: torch.Tensor,
     gemm1_weights: torch.Tensor,
     gemm1_weights_scale: torch.Tensor,
+    gemm2_weights: torch.Tensor,
+    gemm2_weights_scale: torch.Tensor,
     permuted_idx_to_token_idx: torch.Tensor,
     expert_offsets: torch.Tensor,
     requantized: torch.Tensor,
     requantized_scale: torch.Tensor,
+    gemm2_out: torch.Tensor,
+    tiles_done: torch.Tensor,
     counters: torch.Tensor,
-    cluster: int = 1,
+    idle: Idle | None = None,
+    cluster: int = 2,
+    phases: int = 3,
     pdl: bool = False,
 ) -> None:
-    """Fill requantized [P, I] e4m3 and requantized_scale [I/128, >= P] float32, rows below expert_offsets[-1].
+    """Fill requantized [P, I] e4m3, requantized_scale [I/128, >= P] float32 and gemm2_out [P, H], bfloat16 or float32,
+    rows below expert_offsets[-1].
 
     hidden_states [T, H] e4m3, hidden_states_scale [H/128, T] float32 (any first stride), gemm1_weights [L, 2I, H] e4m3,
-    rows [up ; gate], gemm1_weights_scale [L, 2I/128, H/128] float32.
+    rows [up ; gate], gemm1_weights_scale [L, 2I/128, H/128] float32, gemm2_weights [L, H, I] e4m3, gemm2_weights_scale
+    [L, H/128, I/128] float32. phases: 1 gemm1, 2 gemm2, 3 both; with both, tiles_done [num_tiles(P, L)] int32 must be
+    zero.
     """
-    local, double, hidden = gemm1_weights.shape
+    local, hidden, intermediate = gemm2_weights.shape
+    device = hidden_states.device
     params = Params(
         hidden_states.data_ptr(),
         hidden_states_scale.data_ptr(),
-        permuted_idx_to_token_idx.data_ptr(),
         gemm1_weights_scale.data_ptr(),
+        gemm2_weights_scale.data_ptr(),
+        permuted_idx_to_token_idx.data_ptr(),
         expert_offsets.data_ptr(),
         requantized.data_ptr(),
         requantized_scale.data_ptr(),
+        gemm2_out.data_ptr(),
+        tiles_done.data_ptr(),
         counters.data_ptr(),
+        idle.tokens.data_ptr() if idle else None,
+        idle.count.data_ptr() if idle else None,
+        idle.output.data_ptr() if idle else None,
         hidden_states_scale.stride(0),
         requantized_scale.stride(0),
         hidden,
-        double // 2,
+        intermediate,
         local,
+        int(gemm2_out.dtype == torch.float32),
+        phases,
         0,
     )
-    _launch("gemm1_kernel", weights_map(gemm1_weights), params, hidden_states.device, cluster, pdl)
+    index = device.index or 0
+    kernel = load("grouped_gemm.cu", defines(cluster), "grouped_gemm_kernel", THREADS, DYNAMIC_SHARED, index)
+    blocks = target_of(device).sm_count // cluster * cluster
+    maps = weights_map(gemm1_weights), weights_map(gemm2_weights)
+    kernel.launch(blocks, (*maps, params), torch.cuda.current_stream(device).cuda_stream, pdl)
 
 
-def gemm1_torch(
+def grouped_gemms_torch(
     hidden_states: torch.Tensor,
     hidden_states_scale: torch.Tensor,
     gemm1_weights: torch.Tensor,
     gemm1_weights_scale: torch.Tensor,
+    gemm2_weights: torch.Tensor,
+    gemm2_weights_scale: torch.Tensor,
     permuted_idx_to_token_idx: torch.Tensor,
     expert_offsets: torch.Tensor,
     requantized: torch.Tensor,
     requantized_scale: torch.Tensor,
+    gemm2_out: torch.Tensor,
+    tiles_done: torch.Tensor,
     counters: torch.Tensor,
-    cluster: int = 1,
+    idle: Idle | None = None,
+    cluster: int = 2,
+    phases: int = 3,
     pdl: bool = False,
 ) -> None:
-    """Twin of `gemm1`."""
+    """Twin of `grouped_gemms`; it leaves tiles_done alone."""
     bounds = expert_offsets.tolist()
     for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
-        token = permuted_idx_to_token_idx[start:end].long()
-        out = _block_scaled(
-            hidden_states[token], hidden_states_scale[:, token], gemm1_weights[expert], gemm1_weights_scale[expert]
-        )
-        up, gate = out.chunk(2, dim=-1)
-        blocks = (torch.nn.functional.silu(gate) * up).unflatten(1, (-1, 128))
-        amax = blocks.abs().amax(-1)
-        scale = torch.where(amax > 0, (amax / 448.0).clamp_min(torch.finfo(torch.float32).tiny), 1.0)
-        scaled = (blocks / scale.unsqueeze(-1)).clamp(-448.0, 448.0)
-        requantized[start:end] = scaled.to(torch.float8_e4m3fn).flatten(1)
-        requantized_scale[:, start:end] = scale.T
-
-
-def gemm2(
-    requantized: torch.Tensor,
-    requantized_scale: torch.Tensor,
-    gemm2_weights: torch.Tensor,
-    gemm2_weights_scale: torch.Tensor,
-    expert_offsets: torch.Tensor,
-    gemm2_out: torch.Tensor,
-    counters: torch.Tensor,
-    cluster: int = 1,
-    pdl: bool = False,
-) -> None:
-    """Fill gemm2_out [P, H], bfloat16 or float32, rows below expert_offsets[-1].
-
-    requantized [P, I] e4m3, requantized_scale [I/128, >= P] float32, gemm2_weights [L, H, I] e4m3,
-    gemm2_weights_scale [L, H/128, I/128] float32.
-    """
-    local, hidden, intermediate = gemm2_weights.shape
-    params = Params(
-        requantized.data_ptr(),
-        requantized_scale.data_ptr(),
-        None,
-        gemm2_weights_scale.data_ptr(),
-        expert_offsets.data_ptr(),
-        gemm2_out.data_ptr(),
-        None,
-        counters.data_ptr(),
-        requantized_scale.stride(0),
-        0,
-        intermediate,
-        hidden,
-        local,
-        int(gemm2_out.dtype == torch.float32),
-    )
-    _launch("gemm2_kernel", weights_map(gemm2_weights), params, requantized.device, cluster, pdl)
-
-
-def gemm2_torch(
-    requantized: torch.Tensor,
-    requantized_scale: torch.Tensor,
-    gemm2_weights: torch.Tensor,
-    gemm2_weights_scale: torch.Tensor,
-    expert_offsets: torch.Tensor,
-    gemm2_out: torch.Tensor,
-    counters: torch.Tensor,
-    cluster: int = 1,
-    pdl: bool = False,
-) -> None:
-    """Twin of `gemm2`."""
-    bounds = expert_offsets.tolist()
-    for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
-        gemm2_out[start:end] = _block_scaled(
-            requantized[start:end], requantized_scale[:, start:end], gemm2_weights[expert], gemm2_weights_scale[expert]
-        )
+        if phases & 1:
+            token = permuted_idx_to_token_idx[start:end].long()
+            out = _block_scaled(
+                hidden_states[token], hidden_states_scale[:, token], gemm1_weights[expert], gemm1_weights_scale[expert]
+            )
+            up, gate = out.chunk(2, dim=-1)
+            blocks = (torch.nn.functional.silu(gate) * up).unflatten(1, (-1, 128))
+            amax = blocks.abs().amax(-1)
+            scale = torch.where(amax > 0, (amax / 448.0).clamp_min(torch.finfo(torch.float32).tiny), 1.0)
+            scaled = (blocks / scale.unsqueeze(-1)).clamp(-448.0, 448.0)
+            requantized[start:end] = scaled.to(torch.float8_e4m3fn).flatten(1)
+            requantized_scale[:, start:end] = scale.T
+        if phases & 2:
+            gemm2_out[start:end] = _block_scaled(
+                requantized[start:end],
+                requantized_scale[:, start:end],
+                gemm2_weights[expert],
+                gemm2_weights_scale[expert],
+            )
+    if idle is not None:
+        idle.output[idle.tokens[: int(idle.count)].long()] = 0.0
 
 
 def _block_scaled(

@@ -1,6 +1,7 @@
 // Combine: weighted sum of each token's rows in float32, experts in ascending order, one final cast to bfloat16.
 //
-// One CTA a token. A token's permuted rows ascend as its experts do. Tokens without a row become exactly zero.
+// A CTA does one token after the other. A token's permuted rows ascend as its experts do. Tokens without a row become
+// exactly zero, or are left alone where another kernel has written them already.
 #include "hopper.cuh"
 
 #ifndef WIDE
@@ -15,7 +16,10 @@ struct Params {
     const float* topk_weights;  // [T, TOP_K]
     const int* token_rows;  // [T, TOP_K], -1 where a choice is not local
     u16* output;  // [T, hidden] bf16
+    const int* window_tokens;  // [2] first token and the one past the last; null: 0 and `tokens`
     int hidden;
+    int tokens;
+    int skip_idle;
     int unused;
 };
 
@@ -54,9 +58,7 @@ INLINE void add8(float (&sum)[8], float weight, const Vector& v) {
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS) combine_kernel(const __grid_constant__ Params p) {
-    wait_for_previous_kernel();
-    const i64 token = blockIdx.x;
+INLINE void combine_token(const Params& p, i64 token) {
     int row[TOP_K];
     float weight[TOP_K];
 #pragma unroll
@@ -78,6 +80,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) combine_kernel(const __gri
             weight[k + 1] = swap ? w : weight[k + 1];
         }
     }
+    if (p.skip_idle && row[0] == 0x7FFFFFFF) return;
     const int vectors = p.hidden / 8;
     for (int start = threadIdx.x; start < vectors; start += THREADS * AT_ONCE) {
         float sum[AT_ONCE][8] = {};
@@ -103,4 +106,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) combine_kernel(const __gri
             }
         }
     }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) combine_kernel(const __grid_constant__ Params p) {
+    wait_for_previous_kernel();
+    const int begin = p.window_tokens ? __ldcg(p.window_tokens) : 0;
+    const int end = p.window_tokens ? __ldcg(p.window_tokens + 1) : p.tokens;
+    for (int token = begin + blockIdx.x; token < end; token += gridDim.x) combine_token(p, token);
+    let_next_kernel_start();
 }

@@ -25,8 +25,8 @@ INLINE void store_requantized(float (&sum)[2][64], const Work& work, const Param
         const float scale = largest > 0.0f ? fmaxf(__fdiv_rn(largest, 448.0f), 1.17549435e-38f) : 1.0f;
         const float inverse = __frcp_rn(scale);
         if (row >= work.live) continue;
-        if (q == 0) p.out_scale[i64(work.column) * p.out_scale_stride + work.row + row] = scale;
-        u8* out = static_cast<u8*>(p.out) + i64(work.row + row) * p.columns + work.column * 128 + q * 8;
+        if (q == 0) p.requantized_scale[work.column * p.requantized_scale_stride + work.row + row] = scale;
+        u8* out = p.requantized + i64(work.row + row) * p.intermediate + work.column * 128 + q * 8;
 #pragma unroll
         for (int a = 0; a < 4; ++a) {
             u32 packed[4];
@@ -45,25 +45,34 @@ INLINE void store_rows(float (&sum)[2][64], const Work& work, const Params& p, i
 #pragma unroll
     for (int v = 0; v < 2; ++v) {
         const int column = work.column * 256 + v * 128 + (lane & 3) * 8;
-        if (column >= p.columns) break;
+        if (column >= p.hidden) break;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = row0 + 8 * half;
             if (row >= work.live) continue;
-            const i64 start = i64(work.row + row) * p.columns + column;
+            const i64 start = i64(work.row + row) * p.hidden + column;
 #pragma unroll
             for (int a = 0; a < 4; ++a) {
                 const float* s = &sum[v][16 * a + 2 * half];
                 if (p.wide) {
-                    float4* out = reinterpret_cast<float4*>(static_cast<float*>(p.out) + start + 32 * a);
+                    float4* out = reinterpret_cast<float4*>(static_cast<float*>(p.gemm2_out) + start + 32 * a);
                     out[0] = make_float4(s[0], s[1], s[4], s[5]);
                     out[1] = make_float4(s[8], s[9], s[12], s[13]);
                 } else {
-                    *reinterpret_cast<uint4*>(static_cast<u16*>(p.out) + start + 32 * a) =
+                    *reinterpret_cast<uint4*>(static_cast<u16*>(p.gemm2_out) + start + 32 * a) =
                         make_uint4(pack_bf16(s[0], s[1]), pack_bf16(s[4], s[5]), pack_bf16(s[8], s[9]),
                                    pack_bf16(s[12], s[13]));
                 }
             }
         }
+    }
+}
+
+// Says that this warpgroup's rows of a tile have one more block of columns.
+INLINE void signal_gemm1(const Work& work, const Params& p, int group) {
+    named_barrier_sync(1 + group, MATH_THREADS / 2);
+    if ((threadIdx.x & 127) == 0) {
+        __threadfence();
+        atomicAdd(p.tiles_done + tile_of(work.row, work.expert), 1);
     }
 }

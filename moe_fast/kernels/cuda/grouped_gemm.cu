@@ -1,7 +1,7 @@
-// Grouped FP8 block-scale GEMM for Hopper: rows of one expert times its weights, two kernels from one template.
+// Grouped FP8 block-scale GEMMs for Hopper: rows of one expert times its weights, both products in one launch.
 //
-//   gemm1 (PHASE 1)  hidden_states rows (gathered) x gemm1_weights -> SwiGLU -> 1x128 re-quantisation, e4m3 + scale
-//   gemm2 (PHASE 2)  requantized rows x gemm2_weights -> rows of gemm2_out, bf16 or fp32, not yet weighted
+//   gemm1 (phase 1)  hidden_states rows (gathered) x gemm1_weights -> SwiGLU -> 1x128 re-quantisation, e4m3 + scale
+//   gemm2 (phase 2)  requantized rows x gemm2_weights -> rows of gemm2_out, bf16 or fp32, not yet weighted
 //
 // Tokens are the matrix unit's M side, weights its N side. (The other way round a tile may have any multiple of 8
 // tokens, but then every column has its own scale: reading those cost half of shared memory's bandwidth.)
@@ -19,24 +19,25 @@
 // weight row 32a + 8q + 2j + b.
 //
 // Each 128-wide step of K is a product from zero, promoted into the fp32 sum with scale_token * scale_weight; the
-// loading warps multiply the two scales. Items come from a counter in global memory: sizes may be any, the grid is
+// loading warps multiply the two scales. gemm2's items come after gemm1's: a CTA that finds no more of the first begins
+// with the second, whose loads wait until the tile's rows are complete (tiles_done). Meanwhile the rows of output that no
+// expert writes are overwritten with zeros. Items come from a counter in global memory: sizes may be any, the grid is
 // fixed, and the host never knows the counts.
 #include "epilogue.cuh"
 #include "load.cuh"
 #include "multiply.cuh"
 
-template <int PHASE>
 INLINE void compute_items(const Params& p, u32 base) {
     const int lane = threadIdx.x & 31;
     const int warp = __shfl_sync(0xFFFFFFFF, (threadIdx.x >> 5) & 3, 0);
     const int group = __shfl_sync(0xFFFFFFFF, threadIdx.x >> 7, 0);
-    const int steps = p.depth / 128;
     Pipe pipe{base, 0, 0};
-    for (;;) {
+    for (int count = 0;; ++count) {
         pipe.wait();
-        const int4 w = load_shared4i(base + WORK_AT + pipe.stage * 16);
-        const Work work{w.x, w.y, w.z, w.w};
-        if (__shfl_sync(0xFFFFFFFF, work.more, 0) == 0) return;
+        const int4 w = load_shared4i(base + WORK_AT + count % MAIL_SLOTS * 16);
+        const Work work{__shfl_sync(0xFFFFFFFF, w.x & 3, 0), w.x >> 2, w.y, w.z, w.w};
+        if (work.phase == 0) return;
+        const int steps = p.depth(work.phase) / 128;
         if (group * 64 >= __shfl_sync(0xFFFFFFFF, work.live, 0)) {  // no rows for this group
             pipe.release(lane);
             for (int step = 1; step < steps; ++step) {
@@ -48,20 +49,55 @@ INLINE void compute_items(const Params& p, u32 base) {
         float sum[2][64];
         multiply(pipe, sum, steps, group, warp, lane);
         const int row0 = group * 64 + warp * 16 + (lane >> 2);
-        if constexpr (PHASE == 1) store_requantized(sum, work, p, row0, lane);
-        else store_rows(sum, work, p, row0, lane);
+        if (work.phase == 1) {
+            store_requantized(sum, work, p, row0, lane);
+            if (p.phases == 3) signal_gemm1(work, p, group);
+        } else {
+            store_rows(sum, work, p, row0, lane);
+        }
     }
 }
 
-template <int PHASE>
-INLINE void grouped_gemm(const TensorMap* map, const Params& p) {
+// One warp: expert_offsets, and the items before each expert of each phase that is wanted.
+INLINE void fill_tables(const Params& p, const Tables& tables) {
+    const int lane = threadIdx.x;
+    int before[2] = {0, 0};
+    for (int start = 0; start <= p.experts; start += 32) {
+        const int e = start + lane;
+        const int first = e <= p.experts ? __ldcg(p.expert_offsets + e) : 0;
+        const int end = e < p.experts ? __ldcg(p.expert_offsets + e + 1) : first;
+        if (e <= p.experts) tables.offsets[e] = first;
+#pragma unroll
+        for (int phase = 1; phase <= 2; ++phase) {
+            const int columns = p.phases & phase ? column_tiles(phase, p.columns(phase)) : 0;
+            const int items = count_items<CLUSTER, TILE_TOKENS>(end - first, columns);
+            int sum = items;
+#pragma unroll
+            for (int d = 1; d < 32; d <<= 1) {
+                const int other = __shfl_up_sync(0xFFFFFFFF, sum, d);
+                if (lane >= d) sum += other;
+            }
+            if (e <= p.experts) tables.before(phase)[e] = before[phase - 1] + sum - items;
+            before[phase - 1] += __shfl_sync(0xFFFFFFFF, sum, 31);
+        }
+    }
+}
+
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(MATH_THREADS + LOAD_THREADS, 1)
+    grouped_gemm_kernel(const __grid_constant__ TensorMap map1, const __grid_constant__ TensorMap map2,
+                        const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) u8 shared[];
     const u32 base = shared_address(shared);
-    int* offsets = reinterpret_cast<int*>(shared + TABLE_AT);
-    int* items_before = offsets + MAX_EXPERTS + 1;
+    const Tables tables{reinterpret_cast<int*>(shared + TABLE_AT)};
+    wait_for_previous_kernel();
+    if (__ldcg(p.expert_offsets + p.experts) == 0 && p.idle_end() == 0) {  // so too in every other CTA
+        let_next_kernel_start();
+        return;
+    }
 
     if (threadIdx.x == 0) {
-        tma_prefetch_map(map);
+        tma_prefetch_map(&map1);
+        tma_prefetch_map(&map2);
         for (int s = 0; s < STAGES; ++s) {
             // Each loading thread's copies, each loading warp's scales, the weights.
             barrier_init(base + BARRIERS_AT + s * 8, LOAD_THREADS + LOAD_THREADS / 32 + 1);
@@ -70,51 +106,23 @@ INLINE void grouped_gemm(const TensorMap* map, const Params& p) {
         for (int s = 0; s < MAIL_SLOTS; ++s) barrier_init(base + BARRIERS_AT + (2 * STAGES + s) * 8, 1);
         barrier_init_fence();
     }
-    wait_for_previous_kernel();
-    if (threadIdx.x < 32) {  // offsets, and the items before each expert
-        const int lane = threadIdx.x;
-        const int column_count = column_tiles(PHASE, p.columns);
-        int before = 0;
-        for (int start = 0; start <= p.experts; start += 32) {
-            const int e = start + lane;
-            const int first = e <= p.experts ? __ldcg(p.expert_offsets + e) : 0;
-            const int end = e < p.experts ? __ldcg(p.expert_offsets + e + 1) : first;
-            const int items = count_items<CLUSTER, TILE_TOKENS>(end - first, column_count);
-            int sum = items;
-#pragma unroll
-            for (int d = 1; d < 32; d <<= 1) {
-                const int other = __shfl_up_sync(0xFFFFFFFF, sum, d);
-                if (lane >= d) sum += other;
-            }
-            if (e <= p.experts) offsets[e] = first, items_before[e] = before + sum - items;
-            before += __shfl_sync(0xFFFFFFFF, sum, 31);
-        }
-    }
+    if (threadIdx.x < 32) fill_tables(p, tables);
+    if (threadIdx.x >= MATH_THREADS) store_shared4i(base + ZEROS_AT + (threadIdx.x - MATH_THREADS) * 16, 0, 0, 0, 0);
+    async_proxy_fence();  // the zeros are read by bulk copies
     if (CLUSTER > 1) cluster_sync();
     else __syncthreads();
 
     if (threadIdx.x >= MATH_THREADS) {
         registers_down<72>();
-        Loader<PHASE>{map, p, offsets, items_before, base, CLUSTER > 1 ? cluster_rank() : 0,
-                      int(threadIdx.x) - MATH_THREADS, column_tiles(PHASE, p.columns)}
-            .run();
+        Loader{&map1, &map2, p, tables, base, CLUSTER > 1 ? cluster_rank() : 0, int(threadIdx.x) - MATH_THREADS}.run();
     } else {
         registers_up<216>();
-        compute_items<PHASE>(p, base);
+        compute_items(p, base);
     }
     __syncwarp();
     let_next_kernel_start();
     if (CLUSTER > 1) cluster_sync();  // the other CTA may still signal barriers of this one
 }
 
-#define KERNEL(NAME, PHASE)                                                                       \
-    extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)                                    \
-        __launch_bounds__(MATH_THREADS + LOAD_THREADS, 1)                                         \
-            NAME(const __grid_constant__ TensorMap map, const __grid_constant__ Params p) {       \
-        grouped_gemm<PHASE>(&map, p);                                                             \
-    }
-
-KERNEL(gemm1_kernel, 1)
-KERNEL(gemm2_kernel, 2)
-
 static_assert(SHARED_BYTES <= DYNAMIC_SHARED, "the launch asks for DYNAMIC_SHARED bytes");
+static_assert(ZERO_BYTES == LOAD_THREADS * 16, "each loading thread writes 16 bytes of zeros");

@@ -14,7 +14,7 @@ constexpr int TILE_TOKENS = 128;
 constexpr int MATH_THREADS = 256;
 constexpr int LOAD_THREADS = 128;
 constexpr int MAX_EXPERTS = 512;
-constexpr int MAIL_SLOTS = 8;
+constexpr int MAIL_SLOTS = 8;  // items that may be under way: more than STAGES, for an item may be one stage
 constexpr int AHEAD = 2;  // steps of K
 
 constexpr int WEIGHT_BYTES = 256 * 128;
@@ -26,33 +26,60 @@ constexpr int BOX_BYTES = 128 * 128;
 constexpr int WEIGHTS_AT = 0;
 constexpr int TOKENS_AT = WEIGHTS_AT + STAGES * WEIGHT_BYTES;
 constexpr int SCALES_AT = TOKENS_AT + STAGES * TOKEN_BYTES;
-constexpr int WORK_AT = SCALES_AT + STAGES * SCALE_BYTES;  // one int4 a stage
-constexpr int SOURCES_AT = WORK_AT + STAGES * 16;  // [2][128 tokens] int
+constexpr int WORK_AT = SCALES_AT + STAGES * SCALE_BYTES;  // [MAIL_SLOTS] int4
+constexpr int SOURCES_AT = WORK_AT + MAIL_SLOTS * 16;  // [2][128 tokens] int
 constexpr int BARRIERS_AT = SOURCES_AT + 2 * TILE_TOKENS * 4;
 constexpr int MAIL_AT = BARRIERS_AT + (2 * STAGES + MAIL_SLOTS) * 8;
-constexpr int TABLE_AT = MAIL_AT + MAIL_SLOTS * 4;  // expert_offsets, then items before each expert
-constexpr int SHARED_BYTES = TABLE_AT + 2 * (MAX_EXPERTS + 1) * 4;
+constexpr int NOTES_AT = MAIL_AT + MAIL_SLOTS * 4;
+constexpr int TABLE_AT = NOTES_AT + 16;  // three tables, see Tables
+constexpr int TABLE_INTS = MAX_EXPERTS + 1;
+constexpr int ZERO_BYTES = 2048;
+constexpr int ZEROS_AT = (TABLE_AT + 3 * TABLE_INTS * 4 + 127) / 128 * 128;  // what idle tokens are overwritten with
+constexpr int SHARED_BYTES = ZEROS_AT + ZERO_BYTES;
 
 struct Params {
-    const u8* tokens;  // [T or P, K] e4m3
-    const float* token_scale;  // [K/128, token_scale_stride], rows of tokens along the second axis
-    const int* row_index;  // [P] row of `tokens` of each permuted row; null: the same row
-    const float* weight_scale;  // gemm1 [L, 2I/128, H/128], gemm2 [L, H/128, I/128]
+    const u8* hidden_states;  // [T, H] e4m3
+    const float* hidden_states_scale;  // [H/128, stride]
+    const float* gemm1_weights_scale;  // [L, 2I/128, H/128]
+    const float* gemm2_weights_scale;  // [L, H/128, I/128]
+    const int* row_index;  // permuted_idx_to_token_idx [P]
     const int* expert_offsets;  // [L+1]
-    void* out;  // gemm1 e4m3 [P, columns]; gemm2 bf16 or fp32 [P, columns]
-    float* out_scale;  // gemm1 [I/128, out_scale_stride]
+    u8* requantized;  // [P, I] e4m3
+    float* requantized_scale;  // [I/128, stride]
+    void* gemm2_out;  // [P, H] bf16, or fp32 where wide
+    int* tiles_done;  // [tile_of(P, L)] zero before a launch that has both phases
     int* counters;  // [2], zero between launches
-    i64 token_scale_stride;
-    i64 out_scale_stride;
-    int depth;  // K: gemm1 H, gemm2 I
-    int columns;  // of out: gemm1 I, gemm2 H
+    const int* idle_tokens;  // [T] tokens whose row of output becomes zero
+    const int* idle_count;  // [1]; null: none
+    u16* output;  // [T, H] bf16
+    i64 hidden_states_scale_stride;
+    i64 requantized_scale_stride;
+    int hidden;  // H
+    int intermediate;  // I
     int experts;  // L
-    int wide;  // gemm2: out is fp32
+    int wide;
+    int phases;  // 1 gemm1, 2 gemm2, 3 both
+    int unused;
+
+    INLINE int depth(int phase) const { return phase == 1 ? hidden : intermediate; }  // K of the product
+    INLINE int columns(int phase) const { return phase == 1 ? intermediate : hidden; }  // of what is stored
+    INLINE int idle_end() const { return idle_count ? __ldcg(idle_count) : 0; }
 };
+
+// In shared memory: expert_offsets [L+1], and the items before each expert [L+1] of gemm1 and of gemm2.
+struct Tables {
+    int* offsets;
+    INLINE int* before(int phase) const { return offsets + phase * TABLE_INTS; }
+    INLINE int items(int phase, int experts) const { return before(phase)[experts]; }
+};
+
+// A number for each tile of rows, whichever expert's: rows grow by 128 within an expert, experts by one.
+INLINE int tile_of(int row, int expert) { return row / TILE_TOKENS + expert; }
 
 // What the math warpgroups must know of an item.
 struct Work {
-    int more;  // 0: no more items
+    int phase;  // 0: no more items
+    int expert;
     int row;  // first permuted row
     int live;  // rows, 0 .. 128
     int column;  // which tile of columns

@@ -1,0 +1,161 @@
+// Place: give every local token-expert pair its row, sorted by expert, then by token; one CTA an expert, one for idle tokens.
+//
+// The rows of many tokens need not fit the workspace, so tokens are cut into windows: runs of whole groups of 32 tokens,
+// at most `capacity` rows each, cut where the count of earlier rows passes a multiple of capacity less one group's most.
+// Later kernels do one window after the other in the same buffers; a usual call has one window with rows.
+#include "hopper.cuh"
+
+struct Params {
+    const u32* local_mask;  // [WORDS, T], see route.cu
+    const int* topk_ids;  // [T, TOP_K]
+    int* token_rows;  // [T, TOP_K] row within the token's window, where a choice is local
+    int* permuted_idx_to_token_idx;  // [windows, capacity]
+    int* expert_offsets;  // [windows, LOCAL + 1]
+    int* window_tokens;  // [windows + 1] first token of each
+    int* idle_tokens;  // [T] tokens without a row
+    int* idle_count;  // [1]
+    int* tiles_done;  // [tiles], zeroed here for the GEMMs
+    int tokens;
+    int offset;  // local_expert_offset
+    int windows;
+    int capacity;
+    int tiles;
+    int unused;
+};
+
+constexpr u32 ALL = 0xFFFFFFFF;
+constexpr int WORDS = (LOCAL + 31) / 32;
+constexpr int WARPS = 32;
+constexpr int ROWS_A_GROUP = 32 * (TOP_K < LOCAL ? TOP_K : LOCAL);
+constexpr int MAX_WINDOWS = 32;
+
+// Rows of this CTA's expert, of all lower local experts, of all local experts.
+struct Count {
+    int own = 0, below = 0, all = 0;
+    INLINE void add(const Count& other) { own += other.own, below += other.below, all += other.all; }
+};
+
+struct Words {
+    u32 word[WORDS];
+};
+
+INLINE Words load_words(const Params& p, int token) {
+    Words words;
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w) {
+        words.word[w] = token < p.tokens ? __ldcg(p.local_mask + i64(w) * p.tokens + token) : 0;
+    }
+    return words;
+}
+
+INLINE Count count_words(const Words& words, bool real, int expert) {
+    Count count;
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w) {
+        const int bit = expert - w * 32;
+        count.all += __popc(words.word[w]);
+        count.below += __popc(bit >= 32 ? words.word[w] : bit > 0 ? words.word[w] & ((1u << bit) - 1) : 0u);
+        if (bit >= 0 && bit < 32) count.own = words.word[w] >> bit & 1;
+    }
+    if (expert == LOCAL) count.own = real && count.all == 0;
+    return count;
+}
+
+INLINE Count sum_lanes(const Count& count) {
+    return {int(__reduce_add_sync(ALL, u32(count.own))), int(__reduce_add_sync(ALL, u32(count.below))),
+            int(__reduce_add_sync(ALL, u32(count.all)))};
+}
+
+// Calls visit(group, each lane's count) for a run of groups; several groups' words are asked for at once.
+template <class Visit>
+INLINE void for_groups(const Params& p, int begin, int end, int expert, Visit visit) {
+    constexpr int AT_ONCE = WORDS > 4 ? 1 : 4;
+    const int lane = threadIdx.x & 31;
+    for (int start = begin; start < end; start += AT_ONCE) {
+        Words words[AT_ONCE];
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; ++u) words[u] = load_words(p, (start + u) * 32 + lane);
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; ++u) {
+            if (start + u < end) {
+                visit(start + u, count_words(words[u], (start + u) * 32 + lane < p.tokens, expert));
+            }
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) place_kernel(const __grid_constant__ Params p) {
+    __shared__ Count warp_sums[WARPS];
+    __shared__ Count bounds[MAX_WINDOWS + 1];  // everything before each window
+    __shared__ int first_token[MAX_WINDOWS + 1];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int expert = blockIdx.x;  // LOCAL: the idle tokens
+    const int slack = p.capacity - ROWS_A_GROUP;
+    const int groups = (p.tokens + 31) / 32, share = (groups + WARPS - 1) / WARPS;
+    const int begin = min(warp * share, groups), end = min(begin + share, groups);
+    wait_for_previous_kernel();
+    for (int at = blockIdx.x * WARPS * 32 + threadIdx.x; at < p.tiles; at += gridDim.x * WARPS * 32) p.tiles_done[at] = 0;
+
+    Count mine;
+    for_groups(p, begin, end, expert, [&](int, const Count& count) { mine.add(count); });
+    mine = sum_lanes(mine);
+    if (lane == 0) warp_sums[warp] = mine;
+    __syncthreads();
+    Count before, total;  // rows of earlier warps' tokens, of all tokens
+    for (int w = 0; w < WARPS; ++w) {
+        if (w < warp) before.add(warp_sums[w]);
+        total.add(warp_sums[w]);
+    }
+    if (threadIdx.x <= p.windows) {
+        bounds[threadIdx.x] = threadIdx.x == 0 ? Count{} : total;
+        first_token[threadIdx.x] = threadIdx.x == 0 ? 0 : p.tokens;
+    }
+    __syncthreads();
+
+    const auto window_of = [&](int rows_before) { return p.windows == 1 ? 0 : rows_before / slack; };
+    // Where a window may begin among this warp's groups. The group before the first has at most ROWS_A_GROUP rows.
+    if (begin < end && window_of(max(before.all - ROWS_A_GROUP, 0)) != window_of(before.all + mine.all)) {
+        Count running = before;
+        int last = 0;
+        if (begin > 0) {
+            const Count previous = count_words(load_words(p, begin * 32 - 32 + lane), true, expert);
+            last = window_of(before.all - sum_lanes(previous).all);
+        }
+        for_groups(p, begin, end, expert, [&](int group, const Count& count) {
+            const int window = window_of(running.all);
+            if (window != last && lane == 0) {
+                bounds[window] = running;
+                first_token[window] = group * 32;
+            }
+            last = window;
+            running.add(sum_lanes(count));
+        });
+    }
+    __syncthreads();
+
+    Count running = before;
+    for_groups(p, begin, end, expert, [&](int group, const Count& count) {
+        const int token = group * 32 + lane, window = window_of(running.all);
+        const u32 owners = __ballot_sync(ALL, count.own);
+        const int rank = running.own + __popc(owners & ((1u << lane) - 1));
+        if (count.own && expert == LOCAL) p.idle_tokens[rank] = token;
+        if (count.own && expert < LOCAL) {
+            const int row = bounds[window + 1].below - bounds[window].below + rank - bounds[window].own;
+            p.permuted_idx_to_token_idx[i64(window) * p.capacity + row] = token;
+#pragma unroll
+            for (int k = 0; k < TOP_K; ++k) {
+                const i64 at = i64(token) * TOP_K + k;
+                if (p.topk_ids[at] == expert + p.offset) p.token_rows[at] = row;
+            }
+        }
+        running.add(sum_lanes(count));
+    });
+    if (threadIdx.x < p.windows && expert < LOCAL) {
+        const Count &from = bounds[threadIdx.x], &to = bounds[threadIdx.x + 1];
+        int* offsets = p.expert_offsets + threadIdx.x * (LOCAL + 1);
+        offsets[expert] = to.below - from.below;
+        if (expert == LOCAL - 1) offsets[LOCAL] = to.all - from.all;
+    }
+    if (threadIdx.x <= p.windows && expert == LOCAL) p.window_tokens[threadIdx.x] = first_token[threadIdx.x];
+    if (threadIdx.x == 0 && expert == LOCAL) *p.idle_count = total.own;
+}

@@ -1,0 +1,262 @@
+"""Route and place in CUDA C++: which experts a token takes, and the row of every local token-expert pair.
+
+Axes: T tokens, E experts, L local experts, K top_k, W windows, C capacity. A window is a run of whole groups of 32
+tokens whose rows fit the workspace, C of them; its rows, sorted by expert and then by token, count from 0. The host
+never knows how many rows there are, so it launches what the most rows need; in a usual call the first window has all.
+
+Worked example, one window, T = 3, L = 2, K = 2: local_mask [[2, 1, 3]] says that token 0 chose local expert 1, token
+1 expert 0, token 2 both. Then expert_offsets [[0, 2, 4]], permuted_idx_to_token_idx [[1, 2, 0, 2]] and, with the
+choices in slots 1; 0; 1 and 0, token_rows [[-1, 2], [0, -1], [3, 1]]; window_tokens [0, 3], no idle token.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+
+from moe_fast.kernels.cuda_build import load
+
+MAX_WINDOWS = 32
+GROUP_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How many windows of which capacity hold any routing of so many tokens."""
+
+    count: int  # W
+    capacity: int  # C, rows
+
+    @classmethod
+    def for_tokens(cls, tokens: int, rows_per_token: int, limit: int) -> Windows:
+        """Windows of at most `limit` rows for T tokens with at most rows_per_token = min(K, L) rows each.
+
+        Raises ValueError where more than MAX_WINDOWS would be needed, or `limit` is under two groups' rows.
+        """
+        most = tokens * rows_per_token
+        if most <= limit:
+            return cls(1, max(most, 1))
+        slack = limit - GROUP_TOKENS * rows_per_token
+        if slack < GROUP_TOKENS * rows_per_token or most > MAX_WINDOWS * slack:
+            raise ValueError(f"{tokens} tokens with {rows_per_token} rows each in windows of {limit} rows")
+        return cls(-(-most // slack), limit)
+
+
+class RouteParams(ctypes.Structure):
+    """Params of route.cu."""
+
+    _fields_ = (
+        ("routing_logits", ctypes.c_void_p),
+        ("routing_bias", ctypes.c_void_p),
+        ("topk_ids", ctypes.c_void_p),
+        ("topk_weights", ctypes.c_void_p),
+        ("token_rows", ctypes.c_void_p),
+        ("local_mask", ctypes.c_void_p),
+        ("tokens", ctypes.c_int),
+        ("offset", ctypes.c_int),
+        ("factor", ctypes.c_float),
+        ("unused", ctypes.c_int),
+    )
+
+
+class PlaceParams(ctypes.Structure):
+    """Params of place.cu."""
+
+    _fields_ = (
+        ("local_mask", ctypes.c_void_p),
+        ("topk_ids", ctypes.c_void_p),
+        ("token_rows", ctypes.c_void_p),
+        ("permuted_idx_to_token_idx", ctypes.c_void_p),
+        ("expert_offsets", ctypes.c_void_p),
+        ("window_tokens", ctypes.c_void_p),
+        ("idle_tokens", ctypes.c_void_p),
+        ("idle_count", ctypes.c_void_p),
+        ("tiles_done", ctypes.c_void_p),
+        ("tokens", ctypes.c_int),
+        ("offset", ctypes.c_int),
+        ("windows", ctypes.c_int),
+        ("capacity", ctypes.c_int),
+        ("tiles", ctypes.c_int),
+        ("unused", ctypes.c_int),
+    )
+
+
+def mask_words(local: int) -> int:
+    """Words of 32 bits that hold a bit for each local expert."""
+    return -(-local // 32)
+
+
+def route_defines(experts: int, n_group: int, topk_group: int, top_k: int, local: int) -> tuple[tuple[str, int], ...]:
+    """What a variant of route.cu is compiled with."""
+    return (
+        ("EXPERTS", experts),
+        ("GROUPS", n_group),
+        ("TOPK_GROUP", topk_group),
+        ("TOP_K", top_k),
+        ("LOCAL", local),
+    )
+
+
+def place_defines(top_k: int, local: int) -> tuple[tuple[str, int], ...]:
+    """What a variant of place.cu is compiled with."""
+    return (("TOP_K", top_k), ("LOCAL", local))
+
+
+def route(
+    routing_logits: torch.Tensor,
+    routing_bias: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    token_rows: torch.Tensor,
+    local_mask: torch.Tensor,
+    local: int,
+    local_expert_offset: int,
+    routed_scaling_factor: float,
+    n_group: int,
+    topk_group: int,
+) -> None:
+    """Fill topk_ids and topk_weights [T, K], best first, and local_mask [ceil(L/32), T]; set token_rows [T, K] to -1.
+
+    routing_logits [T, E] float32, routing_bias [E] bfloat16. T > 0, E <= 1024, K <= 32.
+    """
+    tokens, experts = routing_logits.shape
+    device = routing_logits.device
+    params = RouteParams(
+        routing_logits.data_ptr(),
+        routing_bias.data_ptr(),
+        topk_ids.data_ptr(),
+        topk_weights.data_ptr(),
+        token_rows.data_ptr(),
+        local_mask.data_ptr(),
+        tokens,
+        _int32(local_expert_offset),
+        routed_scaling_factor,
+        0,
+    )
+    variant = route_defines(experts, n_group, topk_group, topk_ids.shape[1], local)
+    kernel = load("route.cu", variant, "route_kernel", 128, 0, device.index or 0)
+    kernel.launch(-(-tokens // 4), (params,), torch.cuda.current_stream(device).cuda_stream)
+
+
+def place(
+    local_mask: torch.Tensor,
+    topk_ids: torch.Tensor,
+    token_rows: torch.Tensor,
+    permuted_idx_to_token_idx: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    window_tokens: torch.Tensor,
+    idle_tokens: torch.Tensor,
+    idle_count: torch.Tensor,
+    tiles_done: torch.Tensor,
+    local_expert_offset: int,
+    pdl: bool = False,
+) -> None:
+    """Fill token_rows where a choice is local, permuted_idx_to_token_idx [W, C] up to each window's rows,
+    expert_offsets [W, L+1], window_tokens [W+1], idle_tokens [T] up to idle_count [1]; zero tiles_done. All int32."""
+    tokens, top_k = topk_ids.shape
+    windows, local = expert_offsets.shape[0], expert_offsets.shape[1] - 1
+    device = topk_ids.device
+    params = PlaceParams(
+        local_mask.data_ptr(),
+        topk_ids.data_ptr(),
+        token_rows.data_ptr(),
+        permuted_idx_to_token_idx.data_ptr(),
+        expert_offsets.data_ptr(),
+        window_tokens.data_ptr(),
+        idle_tokens.data_ptr(),
+        idle_count.data_ptr(),
+        tiles_done.data_ptr(),
+        tokens,
+        _int32(local_expert_offset),
+        windows,
+        permuted_idx_to_token_idx.shape[1],
+        tiles_done.numel(),
+        0,
+    )
+    kernel = load("place.cu", place_defines(top_k, local), "place_kernel", 1024, 0, device.index or 0)
+    kernel.launch(local + 1, (params,), torch.cuda.current_stream(device).cuda_stream, pdl)
+
+
+def _int32(offset: int) -> int:
+    """An offset far outside of the experts stays outside when it is cut to 32 bits, and id - offset can't wrap."""
+    return max(min(offset, 1 << 24), -(1 << 24))
+
+
+def route_torch(
+    routing_logits: torch.Tensor,
+    routing_bias: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    token_rows: torch.Tensor,
+    local_mask: torch.Tensor,
+    local: int,
+    local_expert_offset: int,
+    routed_scaling_factor: float,
+    n_group: int,
+    topk_group: int,
+) -> None:
+    """Twin of `route`."""
+    tokens, experts = routing_logits.shape
+    top_k = topk_ids.shape[1]
+    scores = 1.0 / (1.0 + torch.exp(-routing_logits))
+    grouped = (scores + routing_bias.float()).view(tokens, n_group, experts // n_group)
+    group_scores = grouped.topk(min(2, experts // n_group), dim=-1).values.sum(-1)
+    groups = torch.sort(group_scores, dim=-1, descending=True, stable=True).indices[:, :topk_group]
+    kept = torch.zeros(tokens, n_group, dtype=torch.bool, device=scores.device).scatter_(1, groups, True)
+    masked = grouped.masked_fill(~kept.unsqueeze(-1), torch.finfo(torch.float32).min).view(tokens, experts)
+    ids = torch.sort(masked, dim=-1, descending=True, stable=True).indices[:, :top_k]
+    chosen = scores.gather(1, ids)
+    topk_ids.copy_(ids)
+    topk_weights.copy_(chosen / (chosen.sum(-1, keepdim=True) + 1e-20) * routed_scaling_factor)
+    token_rows.fill_(-1)
+    local_ids = ids - local_expert_offset
+    for word in range(mask_words(local)):
+        here = (local_ids >= 32 * word) & (local_ids < min(32 * word + 32, local))
+        bits = torch.where(here, torch.ones_like(local_ids) << (local_ids - 32 * word).clamp(0, 31), 0).sum(-1)
+        local_mask[word] = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32)
+
+
+def place_torch(
+    local_mask: torch.Tensor,
+    topk_ids: torch.Tensor,
+    token_rows: torch.Tensor,
+    permuted_idx_to_token_idx: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    window_tokens: torch.Tensor,
+    idle_tokens: torch.Tensor,
+    idle_count: torch.Tensor,
+    tiles_done: torch.Tensor,
+    local_expert_offset: int,
+    pdl: bool = False,
+) -> None:
+    """Twin of `place`."""
+    tokens, top_k = topk_ids.shape
+    windows, local = expert_offsets.shape[0], expert_offsets.shape[1] - 1
+    local_ids = topk_ids - local_expert_offset
+    here = (local_ids >= 0) & (local_ids < local)
+    per_token = here.sum(1)
+    slack = permuted_idx_to_token_idx.shape[1] - GROUP_TOKENS * min(top_k, local)
+    tiles_done.zero_()
+    window_tokens.fill_(tokens)
+    expert_offsets.zero_()
+    idle = (per_token == 0).nonzero().squeeze(1)
+    idle_tokens[: len(idle)] = idle.to(torch.int32)
+    idle_count.fill_(len(idle))
+    before = 0
+    parts: dict[int, list[int]] = {}
+    for start in range(0, tokens, GROUP_TOKENS):
+        window = 0 if windows == 1 else before // slack
+        parts.setdefault(window, [start, start])[1] = min(start + GROUP_TOKENS, tokens)
+        before += int(per_token[start : start + GROUP_TOKENS].sum())
+    for window, (begin, end) in parts.items():
+        window_tokens[window] = begin
+        token, slot = here[begin:end].nonzero(as_tuple=True)
+        expert = local_ids[begin:end][token, slot]
+        order = torch.argsort(expert.long() * tokens + token)
+        permuted_idx_to_token_idx[window, : len(order)] = (token[order] + begin).to(torch.int32)
+        token_rows[token[order] + begin, slot[order]] = torch.arange(
+            len(order), dtype=torch.int32, device=topk_ids.device
+        )
+        expert_offsets[window, 1:] = torch.bincount(expert.long(), minlength=local).cumsum(0)

@@ -1,0 +1,162 @@
+"""The ten-input function in CUDA C++: route, place, then the GEMMs and combine for each window of rows.
+
+Recipe 'requant': SwiGLU's output becomes e4m3 with a float32 scale per 1x128 block. gemm2's rows are kept in bfloat16
+until combine sums them in float32. Nothing synchronises with the host, and the launches hold for any routing: a
+captured graph may be replayed with other inputs. Made for many rows an expert, where arithmetic is the cost; right
+for any size.
+
+The first call with a new geometry compiles or loads its kernels, so it must not be inside a graph capture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from moe_fast.kernels.cuda_combine import combine
+from moe_fast.kernels.cuda_grouped_gemm import Idle, grouped_gemms, num_tiles
+from moe_fast.kernels.cuda_route import MAX_WINDOWS, Windows, mask_words, place, route
+
+RECIPE = "requant"
+ROW_BUFFER_BYTES = 380 * 10**6
+"""What the buffers that grow with the rows may take; more rows than fit are done window by window. So much that 14107
+tokens of DeepSeek-V3 (112,856 rows at most) take five windows: each one that turns out empty costs two launches."""
+CLUSTER = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What sizes a workspace."""
+
+    tokens: int  # T of the largest slice
+    local: int  # L
+    top_k: int
+    hidden: int
+    intermediate: int
+
+    @property
+    def rows_per_token(self) -> int:
+        """Most local rows that a token can have."""
+        return min(self.top_k, self.local)
+
+    @property
+    def row_limit(self) -> int:
+        """Rows that ROW_BUFFER_BYTES hold: requantized, its scales and gemm2_out; at least four groups of tokens."""
+        row_bytes = self.intermediate + self.intermediate // 128 * 4 + 2 * self.hidden
+        return max(ROW_BUFFER_BYTES // row_bytes, 4 * 32 * self.rows_per_token)
+
+    @property
+    def windows(self) -> Windows:
+        """Windows for any routing of the tokens."""
+        return Windows.for_tokens(self.tokens, self.rows_per_token, self.row_limit)
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Most tokens that MAX_WINDOWS hold: more are done in slices."""
+        return MAX_WINDOWS * (self.row_limit - 32 * self.rows_per_token) // self.rows_per_token
+
+
+class Workspace:
+    """Every intermediate of one call, on one device. `counters` is zero between calls."""
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        def ints(*size: int) -> torch.Tensor:
+            return torch.empty(size, dtype=torch.int32, device=device)
+
+        tokens, windows = shape.tokens, shape.windows
+        capacity = windows.capacity
+        self.topk_ids = ints(tokens, shape.top_k)
+        self.topk_weights = torch.empty(tokens, shape.top_k, device=device)
+        self.token_rows = ints(tokens, shape.top_k)
+        self.local_mask = ints(mask_words(shape.local) * tokens)
+        self.permuted_idx_to_token_idx = ints(windows.count, capacity)
+        self.expert_offsets = ints(windows.count, shape.local + 1)
+        self.window_tokens = ints(windows.count + 1)
+        self.idle_tokens = ints(tokens)
+        self.idle_count = ints(1)
+        self.requantized = torch.empty(capacity, shape.intermediate, dtype=torch.float8_e4m3fn, device=device)
+        self.requantized_scale = torch.empty(shape.intermediate // 128, capacity, device=device)
+        self.gemm2_out = torch.empty(capacity, shape.hidden, dtype=torch.bfloat16, device=device)
+        self.tiles_done = ints(windows.count, num_tiles(capacity, shape.local))
+        self.counters = torch.zeros(2, dtype=torch.int32, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.numel() * t.element_size() for t in vars(self).values())
+
+
+_workspaces: dict[tuple[object, ...], Workspace] = {}
+
+
+def workspace_for(shape: Shape, device: torch.device) -> Workspace:
+    """A workspace for a call on the current stream: kept by device, stream and size class, never returned to callers.
+
+    Within a graph capture it comes fresh from the graph's own pool, so that no later call writes under the graph.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return Workspace(shape, device)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = (device, stream, replace(shape, tokens=0))
+    kept = _workspaces.get(key)
+    if kept is None or len(kept.topk_ids) != shape.tokens:
+        _workspaces.pop(key, None)  # the old one's memory can serve the new one
+        _workspaces[key] = Workspace(shape, device)
+    return _workspaces[key]
+
+
+def release_workspaces() -> None:
+    """Forget every kept workspace; graphs keep theirs."""
+    _workspaces.clear()
+
+
+def run(
+    routing_logits: torch.Tensor,
+    routing_bias: torch.Tensor,
+    hidden_states: torch.Tensor,
+    hidden_states_scale: torch.Tensor,
+    gemm1_weights: torch.Tensor,
+    gemm1_weights_scale: torch.Tensor,
+    gemm2_weights: torch.Tensor,
+    gemm2_weights_scale: torch.Tensor,
+    local_expert_offset: int,
+    routed_scaling_factor: float,
+    out: torch.Tensor | None = None,
+    *,
+    n_group: int = 8,
+    topk_group: int = 4,
+    top_k: int = 8,
+    cluster: int = CLUSTER,
+) -> torch.Tensor:
+    """Output [T, H] bfloat16, written into `out` when given. The inputs are taken as checked."""
+    tokens, hidden = hidden_states.shape
+    device = hidden_states.device
+    if out is None:
+        out = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=device)
+    whole = Shape(tokens, gemm2_weights.shape[0], top_k, hidden, gemm2_weights.shape[2])
+    for start in range(0, tokens, whole.tokens_at_once):
+        part = slice(start, min(start + whole.tokens_at_once, tokens))
+        shape = replace(whole, tokens=part.stop - part.start)
+        space = workspace_for(shape, device)
+        route(
+            routing_logits[part], routing_bias, space.topk_ids, space.topk_weights, space.token_rows, space.local_mask,
+            shape.local, local_expert_offset, routed_scaling_factor, n_group, topk_group,
+        )  # fmt: skip
+        place(
+            space.local_mask, space.topk_ids, space.token_rows, space.permuted_idx_to_token_idx, space.expert_offsets,
+            space.window_tokens, space.idle_tokens, space.idle_count, space.tiles_done, local_expert_offset, pdl=True,
+        )  # fmt: skip
+        idle = Idle(space.idle_tokens, space.idle_count, out[part])
+        for window in range(shape.windows.count):
+            grouped_gemms(
+                hidden_states[part], hidden_states_scale[:, part], gemm1_weights, gemm1_weights_scale,
+                gemm2_weights, gemm2_weights_scale, space.permuted_idx_to_token_idx[window],
+                space.expert_offsets[window], space.requantized, space.requantized_scale, space.gemm2_out,
+                space.tiles_done[window], space.counters, None if window else idle, cluster, pdl=True,
+            )  # fmt: skip
+            combine(
+                space.gemm2_out, space.topk_weights, space.token_rows, out[part],
+                space.window_tokens[window : window + 2], skip_idle=True, pdl=True,
+            )  # fmt: skip
+    return out

@@ -1,0 +1,168 @@
+"""Route and place in CUDA C++: they compile, their twins agree with the reference, windows hold any routing."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_fast.kernels import cuda_route
+from moe_fast.kernels.cuda_build import ARCH, compile_nvcc, source_text
+from moe_fast.kernels.cuda_route import GROUP_TOKENS, MAX_WINDOWS, Windows
+from moeref import reference
+from moeref.spec import Geometry
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
+POISON = -77
+
+
+def ints(*size: int, device: str = "cpu") -> torch.Tensor:
+    """Poisoned int32."""
+    return torch.full(size, POISON, dtype=torch.int32, device=device)
+
+
+def run_both(
+    geometry: Geometry, tokens: int, offset: int, limit: int, seed: int, twin: bool = True, device: str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """Every output of route and place on drawn logits, a third of them rounded so that scores tie."""
+    draw = torch.Generator().manual_seed(seed)
+    logits = torch.randn(tokens, geometry.num_experts, generator=draw)
+    logits[: tokens // 3] = (logits[: tokens // 3] * 2).round() / 2
+    bias = torch.randn(geometry.num_experts, generator=draw).bfloat16()
+    local, top_k = geometry.num_local_experts, geometry.top_k
+    windows = Windows.for_tokens(tokens, min(top_k, local), limit)
+    made = {
+        "routing_logits": logits.to(device),
+        "routing_bias": bias.to(device),
+        "topk_ids": ints(tokens, top_k, device=device),
+        "topk_weights": torch.full((tokens, top_k), torch.nan, device=device),
+        "token_rows": ints(tokens, top_k, device=device),
+        "local_mask": ints(cuda_route.mask_words(local), tokens, device=device),
+        "permuted_idx_to_token_idx": ints(windows.count, windows.capacity, device=device),
+        "expert_offsets": ints(windows.count, local + 1, device=device),
+        "window_tokens": ints(windows.count + 1, device=device),
+        "idle_tokens": ints(tokens, device=device),
+        "idle_count": ints(1, device=device),
+        "tiles_done": ints(9, device=device),
+    }
+    first = ("routing_logits", "routing_bias", "topk_ids", "topk_weights", "token_rows", "local_mask")
+    second = (
+        "local_mask", "topk_ids", "token_rows", "permuted_idx_to_token_idx", "expert_offsets", "window_tokens",
+        "idle_tokens", "idle_count", "tiles_done",
+    )  # fmt: skip
+    route = cuda_route.route_torch if twin else cuda_route.route
+    place = cuda_route.place_torch if twin else cuda_route.place
+    route(*(made[name] for name in first), local, offset, 2.5, geometry.n_group, geometry.topk_group)
+    place(*(made[name] for name in second), offset)
+    return made
+
+
+def geometry(experts: int, n_group: int, topk_group: int, top_k: int, local: int) -> Geometry:
+    """One whose hidden sizes do not matter here."""
+    return Geometry(experts, local, 128, 128, top_k=top_k, n_group=n_group, topk_group=topk_group)
+
+
+GEOMETRIES = [
+    geometry(256, 8, 4, 8, 32),
+    geometry(384, 1, 1, 8, 48),
+    geometry(16, 4, 2, 4, 4),
+    geometry(18, 3, 2, 2, 6),  # a group is no power of two of lanes
+    geometry(48, 6, 3, 4, 48),
+    geometry(30, 3, 2, 3, 10),
+]
+
+
+@pytest.mark.parametrize("shape", GEOMETRIES, ids=lambda shape: shape.code)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_twins_agree_with_the_reference(shape: Geometry, data: st.DataObject) -> None:
+    tokens = data.draw(st.integers(1, 150))
+    offset = data.draw(st.integers(-shape.num_local_experts + 1, shape.num_experts - 1))
+    rows_per_token = min(shape.top_k, shape.num_local_experts)
+    limit = data.draw(st.sampled_from([10**6, 2 * GROUP_TOKENS * rows_per_token]))
+    made = run_both(shape, tokens, offset, limit, data.draw(st.integers(0, 99)))
+    routing = reference.route(made["routing_logits"], made["routing_bias"], shape, 2.5)
+    assert torch.equal(made["topk_ids"].long(), routing.topk_ids)
+    torch.testing.assert_close(
+        made["topk_weights"], routing.topk_weights, rtol=1e-6, atol=0
+    )  # another order of 8 terms
+    check_rows(made, shape, offset)
+
+
+def check_rows(made: dict[str, torch.Tensor], shape: Geometry, offset: int) -> None:
+    """Windows cover the tokens once, each a permutation of the reference's, and nothing else is written."""
+    ids, local = made["topk_ids"].long(), shape.num_local_experts
+    bounds = made["window_tokens"].tolist()
+    assert bounds[0] == 0 and bounds[-1] == len(ids) and bounds == sorted(bounds)
+    capacity = made["permuted_idx_to_token_idx"].shape[1]
+    for window in range(len(bounds) - 1):
+        begin, end = bounds[window], bounds[window + 1]
+        assert begin % GROUP_TOKENS == 0 or begin == len(ids)
+        want = reference.permute(ids[begin:end], shape, offset)
+        rows = len(want.permuted_idx_to_token_idx)
+        assert rows <= capacity
+        assert made["expert_offsets"][window].tolist() == want.expert_offsets.tolist()
+        placed = made["permuted_idx_to_token_idx"][window]
+        assert torch.equal(placed[:rows].long(), want.permuted_idx_to_token_idx + begin)
+        assert (placed[rows:] == POISON).all()
+        token_rows = torch.full((end - begin, shape.top_k), -1)
+        token_rows[want.permuted_idx_to_token_idx, want.permuted_idx_to_slot] = torch.arange(rows)
+        assert torch.equal(made["token_rows"][begin:end].long(), token_rows)
+    idle = (made["token_rows"] < 0).all(1).nonzero().squeeze(1)
+    assert made["idle_tokens"][: len(idle)].tolist() == idle.tolist() and made["idle_count"].item() == len(idle)
+    assert (made["idle_tokens"][len(idle) :] == POISON).all()
+    assert (made["tiles_done"] == 0).all()
+    bits = made["local_mask"].long() & 0xFFFFFFFF
+    for token in range(len(ids)):
+        chosen = {e - offset for e in ids[token].tolist() if 0 <= e - offset < local}
+        assert {e for e in range(local) if bits[e // 32, token] >> e % 32 & 1} == chosen
+
+
+@given(tokens=st.integers(0, 10**6), rows_per_token=st.integers(1, 8), limit=st.integers(512, 10**6))
+def test_windows_hold_the_most_rows(tokens: int, rows_per_token: int, limit: int) -> None:
+    try:
+        windows = Windows.for_tokens(tokens, rows_per_token, limit)
+    except ValueError:
+        assert tokens * rows_per_token > MAX_WINDOWS * (limit - GROUP_TOKENS * rows_per_token)
+        return
+    assert 1 <= windows.count <= MAX_WINDOWS and windows.capacity <= limit
+    if windows.count == 1:
+        assert windows.capacity >= tokens * rows_per_token
+        return
+    # Every window but the last is left with more than its capacity less two groups' rows, so they are enough.
+    most, slack = tokens * rows_per_token, windows.capacity - GROUP_TOKENS * rows_per_token
+    assert (max(most - 1, 0)) // slack < windows.count
+
+
+@needs_nvcc
+@pytest.mark.parametrize("shape", [GEOMETRIES[0], GEOMETRIES[1], GEOMETRIES[3]], ids=lambda shape: shape.code)
+def test_route_and_place_compile_without_spills(shape: Geometry) -> None:
+    both = {
+        "route.cu": cuda_route.route_defines(
+            shape.num_experts, shape.n_group, shape.topk_group, shape.top_k, shape.num_local_experts
+        ),
+        "place.cu": cuda_route.place_defines(shape.top_k, shape.num_local_experts),
+    }
+    for name, defines in both.items():
+        _, report = compile_nvcc(source_text(name), [f"{key}={value}" for key, value in defines], ARCH)
+        assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}, report
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shape", GEOMETRIES, ids=lambda shape: shape.code)
+@pytest.mark.parametrize("tokens", [1, 31, 33, 333, 5000])
+def test_kernels_agree_with_their_twins_on_a_gpu(shape: Geometry, tokens: int) -> None:
+    for seed, offset in enumerate((0, shape.num_local_experts, -1, shape.num_experts - 1)):
+        limit = max(2 * GROUP_TOKENS * shape.top_k, tokens * shape.top_k // 5)
+        want = run_both(shape, tokens, offset, limit, seed, device="cuda")
+        got = run_both(shape, tokens, offset, limit, seed, twin=False, device="cuda")
+        for name, value in want.items():
+            if name == "topk_weights":
+                torch.testing.assert_close(got[name], value, rtol=1e-6, atol=0)
+            else:
+                assert torch.equal(got[name], value), name
