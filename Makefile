@@ -33,8 +33,9 @@ $(VENV)/ready: pyproject.toml requirements.txt
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@
 
-$(VENV)/ready-test: $(VENV)/ready requirements-test.txt
+$(VENV)/ready-test: $(VENV)/ready requirements-test.txt requirements-test-no-deps.txt
 	$(BIN)/pip install --quiet --progress-bar off -r requirements-test.txt
+	$(BIN)/pip install --quiet --progress-bar off --no-deps -r requirements-test-no-deps.txt
 	touch $@
 
 clean:
