@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -149,3 +150,15 @@ def test_fuzz_draws_and_shrinks_alike_with_any_number_of_ranks(tmp_path: Path) -
         drawn = output[output.index("problems drawn (") :].partition(")")[0]
         said.append((drawn, output[output.index("smallest failing problem") :].partition("\n")[0]))
     assert said[0] == said[1]
+
+
+@pytest.mark.slow
+@on_request
+def test_bench_times_each_problem_on_one_rank(tmp_path: Path) -> None:
+    target = tmp_path / "out.json"
+    command = ["bench", "torch_grouped", *words(PROBLEMS[:3]), "--seconds", "1", "--json", str(target)]
+    code, output = finish(start(2, *command))
+    assert code == 0, output
+    rows = json.loads(target.read_text())["rows"]
+    assert [row["problem"] for row in rows] == PROBLEMS[:3]
+    assert all(row["status"] == "PASS" and row["latencies"] for row in rows)

@@ -147,7 +147,7 @@ class Bench:
     def run(self, label: str, problem: Problem, ceilings: Ceilings) -> list[Row]:
         """Every candidate's row for one problem."""
         entries = [Entry(lane, ways=list(self.options.ways)) for lane in self.lanes]
-        work, reference = _work_of(problem), None
+        work, reference = work_of(problem), None
         try:
             for entry in entries:
                 entry.attempt(self._ask_support, entry, problem)
@@ -347,7 +347,7 @@ def _call_untimed(lane: Lane, rotation: int, run: CandidateRun) -> None:
     run.outputs.append(lane.output(rotation))
 
 
-def _work_of(problem: Problem) -> Work:
+def work_of(problem: Problem) -> Work:
     """The work of a problem's own routing, without making its inputs."""
     logits, bias = (torch.from_numpy(part) for part in draw_routing(problem))
     routing = route(logits, bias, problem.geometry, problem.factor)

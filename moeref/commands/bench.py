@@ -10,12 +10,16 @@ import typer
 from rich.console import Console
 
 from moeref.commands.common import Debug, Device, exit_code, progress_bar, reported, usable_device, usage
+from moeref.commands.ranks import RankLimit, over_ranks, world
 from moeref.commands.select import check_kinds, select_problems
 from moeref.spec import Problem
 
 if TYPE_CHECKING:
+    from moeref.bench.ranks import Gathered
     from moeref.bench.result import Result, Row
     from moeref.bench.run import Options
+    from moeref.ranks.sweep import Sweep
+    from moeref.ranks.world import World
 
 MODES = {"graph": ("graph",), "eager": ("eager",), "both": ("graph", "eager")}
 CACHES = {"cold": ("cold",), "warm": ("warm",), "both": ("cold", "warm")}
@@ -54,6 +58,7 @@ def bench(
         ),
     ] = "moeref",
     timeout: Annotated[float, typer.Option(help="Seconds that one call may take.")] = 300.0,
+    rank_limit: RankLimit = 0,
     routing_from: Annotated[Path | None, typer.Option(help="As for verify: where captured_... routing is.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write everything measured to this file.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table to this file as Markdown.")] = None,
@@ -108,9 +113,41 @@ def bench(
                 timeout=timeout,
                 routing_from=str(routing_from or ""),
             )
+            place = world()
+            if place is not None:
+                raise typer.Exit(
+                    _run_over_ranks(
+                        place, names, problems, left_out, options, rank_limit, json, debug, (markdown, plot)
+                    )
+                )
             result = _run(names, problems, left_out, options, json, debug)
         _write(result, json, markdown, plot)
         raise typer.Exit(exit_code([row.status for row in result.rows]))
+
+
+def _run_over_ranks(
+    place: World,
+    names: list[str],
+    problems: list[tuple[str, Problem]],
+    left_out: list[str],
+    options: Options,
+    limit: float,
+    json: Path | None,
+    debug: bool,
+    targets: tuple[Path | None, Path | None],
+) -> int:
+    """Each problem on one rank of torchrun; the exit code."""
+    from moeref.bench.ranks import Gathered, bench_job
+
+    limit = limit or 4 * options.timeout + len(names) * options.seconds
+
+    def report(sweep: Sweep) -> int:
+        gathered = Gathered(sweep, names, options)
+        result = _run(names, problems, left_out, options, json, debug, gathered)
+        _write(result, json, *targets)
+        return exit_code([row.status for row in result.rows])
+
+    return over_ranks(place, bench_job(names, problems, options, limit), report)
 
 
 def _check_targets(json: Path | None, markdown: Path | None, plot: Path | None) -> None:
@@ -131,6 +168,7 @@ def _run(
     options: Options,
     json: Path | None,
     debug: bool,
+    gathered: Gathered | None = None,
 ) -> Result:
     from moeref.bench.result import Result
     from moeref.bench.run import Bench
@@ -139,7 +177,10 @@ def _run(
 
     console = Console(highlight=False, soft_wrap=True)
     table = bench_table.Table([label for label, _ in problems], names, options.device)
-    console.print(f"moeref bench {' '.join(names)} on {options.device}, {len(problems)} problems", markup=False)
+    where = options.device if gathered is None else f"{options.device}, {gathered.size} ranks"
+    console.print(f"moeref bench {' '.join(names)} on {where}, {len(problems)} problems", markup=False)
+    if gathered is not None and options.device == "cpu":
+        console.print("ranks share this machine's cores: they disturb each other's figures", markup=False)
     rows: list[Row] = []
     with progress_bar(console) as progress:
         task = progress.add_task("", total=len(problems))
@@ -148,7 +189,7 @@ def _run(
         def announce(what: str) -> None:
             progress.update(task, description=f"{label} {what}")
 
-        with Bench(names, options, announce) as running:
+        with gathered or Bench(names, options, announce) as running:
             ceilings = running.ceilings()
             console.print(bench_table.ceilings_line(ceilings), markup=False)
             console.print(table.header(), style="bold", markup=False)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +28,21 @@ def on_this_rank(options: Options) -> Options:
     return options if world is None else replace(options, device=world.device(options.device))
 
 
+def read_routing(folder: str) -> None:
+    """Make the routing kinds known that the command read from a data set: this is another process."""
+    if folder:
+        from moeref.interop.flashinfer_bench import capture_routing
+
+        capture_routing(Path(folder))
+
+
 @contextmanager
 def judging(
     candidate: str, items: Sequence[Item], options: Options
 ) -> Iterator[Callable[[int], Outcome | list[Diagnosis]]]:
     """Verdicts, and findings of laws and read-outs, on one rank each."""
     here = on_this_rank(options)
+    read_routing(options.routing_from)
     with here.runner(candidate) as runner:
 
         def do(index: int) -> Outcome | list[Diagnosis]:
@@ -53,6 +63,7 @@ def adding(
     world = World.of()
     assert world is not None
     here = on_this_rank(options)
+    read_routing(options.routing_from)
     together = Processes(world, here.device, group)
     with here.runner(candidate) as runner, kept_weights(here) as weights:
 
