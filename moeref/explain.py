@@ -10,11 +10,12 @@ from moeref.diagnose.explain.engine import Case, Library, explain
 from moeref.diagnose.explain.result import Explanation
 from moeref.inputs import Inputs
 from moeref.interop.bundle import write_bundle
+from moeref.interop.candidates import load
 from moeref.interop.isolated_call import IsolatedCall
 from moeref.interop.observe import CandidateRun
 from moeref.interop.runner import Runner
 from moeref.make import make_inputs
-from moeref.reference import moe
+from moeref.reference import Trace, moe
 from moeref.spec import Problem
 from moeref.verify import Options
 
@@ -25,6 +26,7 @@ class RunnerSubject:
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
         self.asked = False
+        self.traces = False  # it returns every stage
 
     def restart(self) -> None:
         """A fresh process, where the old one was asked anything."""
@@ -35,7 +37,9 @@ class RunnerSubject:
     def observe(self, inputs: Inputs, then: Inputs | None = None) -> CandidateRun:
         """Two calls."""
         self.asked = True
-        return self.runner.run(inputs, then=then)
+        run = self.runner.run(inputs, then=then)
+        self.traces = any("returned a Trace" in note for note in run.notes)
+        return run
 
 
 def explain_candidate(
@@ -63,6 +67,17 @@ def explain_candidate(
 
     with options.runner(candidate) as runner:
         subject = RunnerSubject(runner)
+
+        def traced(inputs: Inputs) -> Trace | None:
+            """The stages, by a call in this process: a candidate that shows them has run well in its own by now."""
+            if not subject.traces:
+                return None
+            g = inputs.geometry
+            loaded = load(candidate)
+            sizes = {"n_group": g.n_group, "topk_group": g.topk_group, "top_k": g.top_k}
+            answer = loaded.run(*inputs.args(), **{name: sizes[name] for name in loaded.geometry_keywords})
+            return answer if isinstance(answer, Trace) else None
+
         case = Case(
             candidate,
             problem,
@@ -70,6 +85,7 @@ def explain_candidate(
             device=options.device,
             shrink_seconds=shrink_seconds,
             replay=replay,
+            traced=traced,
             say=say,
         )
         return explain(subject, IsolatedCall(runner), case, library)

@@ -19,6 +19,7 @@ from moeref.diagnose.explain.panel import PANEL, Answer, Prepared, Step, Subject
 from moeref.diagnose.explain.rank import FIT, Score, Search
 from moeref.diagnose.explain.result import Explanation, Suspect
 from moeref.diagnose.explain.separate import Bank, separate
+from moeref.diagnose.explain.substitution import judge_trace
 from moeref.diagnose.explain.votes import partial_matches, stage_votes
 from moeref.diagnose.faults import FAULTS
 from moeref.diagnose.kernel import USUAL
@@ -26,7 +27,10 @@ from moeref.diagnose.laws import run_laws
 from moeref.diagnose.readout import run_readouts
 from moeref.diagnose.result import Call, Finding
 from moeref.diagnose.shrink import shrink
+from moeref.inputs import Inputs
 from moeref.judge.verdict import AUTO, FAIL, INCONCLUSIVE, PASS, Observed, Verdict, judge
+from moeref.make import make_inputs
+from moeref.reference import Trace
 from moeref.spec import Problem, Recipe
 from moeref.suites import DIAGNOSIS
 
@@ -58,6 +62,7 @@ class Case:
     laws: bool = True  # run laws and read-outs where they are needed
     shrink_seconds: float = 6.0  # time for looking for a smaller problem; 0: none
     replay: Callable[[Sequence[str]], str] = " ".join  # problems' names -> the command line that judges them in turn
+    traced: Callable[[Inputs], Trace | None] = lambda inputs: None  # every stage, of a candidate that returns them
     say: Callable[[str], None] = lambda text: None  # is told what is being done
 
 
@@ -307,10 +312,22 @@ class _Explainer:
                 if not check.passed and check.name in CHECK_STAGES:
                     facts.append(Fact(check.detail, CHECK_STAGES[check.name]))
         problem = self._problem_of(wrong) or self.case.problem.name
-        decisive = self._decisive()
+        decisive = self._stages() or self._decisive()
         self.facts += [one.text for one in decisive]
         ranked = stage_votes(partial, findings, facts, decisive)
         return tuple(self._suspect(stage, reason, problem) for stage, _, reason in ranked[:MOST_SUSPECTS])
+
+    def _stages(self) -> list[Fact]:
+        """The first stage that does not follow from the one before, where the candidate shows its stages."""
+        for name in dict.fromkeys((self.case.problem.name, *(one.judged for one in self.library.panel.steps))):
+            inputs = make_inputs(Problem.parse(name)).to(self.case.device)
+            trace = self.case.traced(inputs)
+            if trace is None:
+                return []
+            found = judge_trace(trace, inputs)
+            if found:
+                return found[:1]
+        return []
 
     def _decisive(self) -> list[Fact]:
         """What the routing matrix and gemm2's inverted weights say."""

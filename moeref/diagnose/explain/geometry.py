@@ -288,8 +288,6 @@ def _which_rows(wrong: Wrong, trace: Trace) -> Iterator[Fact]:
     guilty = wrong.rows & wrong.active
     count, active = int(guilty.sum()), int(wrong.active.sum())
     if not count or count == active:
-        if count and active > 1:
-            yield Fact(f"all {active} active rows are wrong")
         return
     tokens = trace.permutation.permuted_idx_to_token_idx
     best: tuple[float, str, tuple[str, ...]] = (0.0, "", ())
