@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from moeref.interop.runner import Runner
+from moeref.judge.verdict import ERROR, Figures, Verdict
 from moeref.ranks.part import Part, Weights, work
 from moeref.ranks.shards import Shard, cut
 from moeref.ranks.total import Alone, Together, judge_total
@@ -22,8 +23,14 @@ def verify_layers(candidate: str, problems: Sequence[tuple[str, Problem]], optio
     with options.runner(candidate) as runner, kept_weights(options) as weights:
         for label, problem in problems:
             mine = cut(problem.geometry, options.shards or 0)
-            parts, seconds = parts_of(runner, problem, mine, options, weights)
-            yield add_up(candidate, label, problem, options, parts, seconds, Alone())
+            try:
+                parts, seconds = parts_of(runner, problem, mine, options, weights)
+                yield add_up(candidate, label, problem, options, parts, seconds, Alone())
+            except torch.cuda.OutOfMemoryError as error:
+                text = f"the judge ran out of GPU memory: {str(error).splitlines()[0]}; try --device cpu or torchrun"
+                figures = Figures(problem.seq_len, problem.offset, 0, 0, 0)
+                verdict = Verdict(problem.name, ERROR, (), "", False, figures, text)
+                yield Outcome(label, verdict, options.preset, 0.0, (), options.repeat(candidate, problem))
 
 
 def kept_weights(options: Options) -> Weights:

@@ -1,8 +1,8 @@
 """The sum of all shards' outputs, judged against the layer with all experts.
 
-The sum is taken in float64, in which up to 2**20 bfloat16 numbers within 24 binades of each other add up exactly: it
-does not depend on how many processes there are, nor on the order in which a library adds. docs/numerics.md derives what
-the sum may be off by.
+The sum is taken in float64, in which eight bfloat16 numbers within 2**42 of each other add up exactly (8 + 3 + 42 = 53
+bits): it does not depend on how many processes there are, nor on the order in which a library adds. docs/numerics.md
+derives what the sum may be off by.
 """
 
 from __future__ import annotations
