@@ -19,6 +19,7 @@ from moeref.commands.common import (
     usable_device,
     usage,
 )
+from moeref.commands.html import Html, check_html, write_html
 from moeref.commands.ranks import ExpertParallel, RankLimit, Shards, verify_here, verify_over_ranks, world
 from moeref.commands.select import check_kinds, select_problems
 from moeref.spec import Problem
@@ -71,10 +72,14 @@ def verify(
     diagnose: Annotated[
         bool, typer.Option("--diagnose", help="Run the laws and read-outs too; --small does so by itself.")
     ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Explain the first failure: as moeref explain on that problem.")
+    ] = False,
     ep: ExpertParallel = False,
     shards: Shards = 0,
     rank_limit: RankLimit = 0,
     json: Annotated[Path | None, typer.Option(help="Write everything measured to this file.")] = None,
+    html: Html = None,
     debug: Debug = False,
 ) -> None:
     """Judge a candidate on the published workloads, the small suite, or single problems."""
@@ -82,12 +87,15 @@ def verify(
         usage(f"--criterion {criterion}: expected all or matched-ratio")
     if sum((bool(workloads), bool(problem), small, everything)) > 1:
         usage("--workloads, --problem, --small and --all exclude each other: give one")
+    if explain and ep:
+        usage("--explain looks at one shard: it does not go with --ep")
     if shards and not ep:
         usage(f"--shards {shards}: it goes with --ep")
     if shards < 0 or rank_limit < 0:
         usage(f"--shards {shards}, --rank-limit {rank_limit:g}: expected 0 or more")
     if json is not None and not json.parent.is_dir():
         usage(f"--json {json}: the folder {json.parent} does not exist")
+    check_html(html)
     with reported(debug):
         from moeref.interop.candidates import load
         from moeref.suites import DIAGNOSIS
@@ -102,7 +110,7 @@ def verify(
         check_kinds([one for _, one in problems])
         cuts = shards if ep else None
         options = Options(device, recipe, preset, criterion == "matched-ratio", trials, timeout, isolate, shards=cuts)
-        options = replace(options, routing_from=str(routing_from or ""))
+        options = replace(options, routing_from=str(routing_from or ""), keep_detail=html is not None)
         probed = [Problem.parse(name) for name in DIAGNOSIS] if small or (diagnose and not problem) else []
         probed += [Problem.parse(name) for name in problem or []] if diagnose else []
         if ep:  # laws and read-outs look at one shard: that is for a run without --ep
@@ -111,7 +119,10 @@ def verify(
         label = f"{place.size} rank{'s' * (place.size > 1)}" if place else ""
 
         def judge(outcomes: Iterator[Outcome], found: Iterator[Diagnosis]) -> int:
-            return _verify(candidate, problems, probed, left_out, options, json, debug, outcomes, found, label)
+            why = explain and (place is None or place.rank == 0)
+            return _verify(
+                candidate, problems, probed, left_out, options, json, html, debug, outcomes, found, label, why
+            )
 
         if not isolate and place is None:
             load(candidate)  # a wrong name is a usage error, said before anything is computed
@@ -127,10 +138,12 @@ def _verify(
     left_out: list[str],
     options: Options,
     json: Path | None,
+    html: Path | None,
     debug: bool,
     judged: Iterator[Outcome],
     diagnosed: Iterator[Diagnosis],
     ranks: str,
+    explain: bool,
 ) -> int:
     from moeref.report import machine, text
 
@@ -164,7 +177,17 @@ def _verify(
         console.print(one, markup=False)
     if left_out:
         console.print(f"left for --all: {', '.join(left_out)}", markup=False)
+    explanations = []
+    failing = [o.verdict.problem for o in outcomes if o.verdict.status == "FAIL"]
+    if explain and (failing or any(d.status == "FAIL" for d in found)):
+        from moeref.commands.explain import explained, show
+
+        asked = Problem.parse(failing[0]) if failing else probed[0]
+        explanations.append(explained(candidate, asked, options, console))
+        show(explanations[0], console)
     if json is not None:
         machine.write(json, outcomes, found, candidate, left_out)
         console.print(f"written: {json}", markup=False)
+    if html is not None:
+        write_html(html, console, candidate, outcomes, found, left_out, explanations)
     return exit_code([o.verdict.status for o in outcomes] + [d.status for d in found if d.status == "FAIL"])
