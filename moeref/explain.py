@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from moeref.diagnose.explain.engine import Case, Library, explain
+from moeref.diagnose.explain.case import Case, Library
+from moeref.diagnose.explain.engine import explain
 from moeref.diagnose.explain.result import Explanation
 from moeref.inputs import Inputs
 from moeref.interop.bundle import write_bundle
@@ -44,14 +45,14 @@ class RunnerSubject:
 
 def explain_candidate(
     candidate: str,
-    problem: Problem,
+    problem: Problem | None,
     options: Options,
     *,
     shrink_seconds: float = 6.0,
     say: Callable[[str], None] = lambda text: None,
     library: Library | None = None,
 ) -> Explanation:
-    """What is wrong with the candidate. say: is told what is being done.
+    """What is wrong with the candidate. problem: None for a small one. say: is told what is being done.
 
     Raises SpecError for a problem of an unknown kind, and moeref.interop.candidates.CandidateError where the candidate
     can't be found at all.

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from moeref.diagnose.explain.engine import Case, Library, explain
+from moeref.diagnose.explain.case import ASKED, Case, Library
+from moeref.diagnose.explain.engine import explain
 from moeref.diagnose.explain.panel import LocalSubject
 from moeref.diagnose.explain.result import Explanation
 from moeref.diagnose.faults import FAULTS
@@ -20,9 +21,6 @@ from moeref.diagnose.kernel import USUAL
 from moeref.diagnose.result import LocalCall
 from moeref.diagnose.variants import VARIANTS
 from moeref.spec import Problem, Recipe
-
-ASKED = "small-t24-o16-iid-model_like-s0"
-"""The problem that is asked about; most faults show on it, and the panel shows the others."""
 
 LEGAL = "legal"
 

@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
+from moeref.diagnose.explain.case import ASKED, Case, Library
 from moeref.diagnose.explain.choice import judge_routing, read_routing_weights
 from moeref.diagnose.explain.geometry import Fact, error_geometry
 from moeref.diagnose.explain.hypotheses import Hypotheses
 from moeref.diagnose.explain.inside import PROBLEM, look_inside
-from moeref.diagnose.explain.panel import PANEL, Answer, Prepared, Step, Subject, ask, panel_at
+from moeref.diagnose.explain.panel import (
+    Answer,
+    Prepared,
+    Step,
+    Subject,
+    ask,
+    panel_at,
+    regrouped,
+)
 from moeref.diagnose.explain.rank import FIT, Score, Search
 from moeref.diagnose.explain.result import Explanation, Suspect
-from moeref.diagnose.explain.separate import Bank, separate
+from moeref.diagnose.explain.separate import separate
 from moeref.diagnose.explain.substitution import judge_trace
 from moeref.diagnose.explain.votes import partial_matches, stage_votes
 from moeref.diagnose.faults import FAULTS
@@ -27,11 +35,9 @@ from moeref.diagnose.laws import run_laws
 from moeref.diagnose.readout import run_readouts
 from moeref.diagnose.result import Call, Finding
 from moeref.diagnose.shrink import shrink
-from moeref.inputs import Inputs
 from moeref.judge.verdict import AUTO, FAIL, INCONCLUSIVE, PASS, Observed, Verdict, judge
 from moeref.make import make_inputs
-from moeref.reference import Trace
-from moeref.spec import Problem, Recipe
+from moeref.spec import PRESETS, Problem, Recipe
 from moeref.suites import DIAGNOSIS
 
 MOST_SUSPECTS = 4
@@ -50,37 +56,6 @@ CHECK_STAGES = {
 """Stages that a failed check of the judge points to by itself."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """What is to be explained."""
-
-    candidate: str
-    problem: Problem
-    recipe: str = AUTO
-    device: str = "cpu"
-    inexact: frozenset[str] = frozenset()
-    laws: bool = True  # run laws and read-outs where they are needed
-    shrink_seconds: float = 6.0  # time for looking for a smaller problem; 0: none
-    replay: Callable[[Sequence[str]], str] = " ".join  # problems' names -> the command line that judges them in turn
-    traced: Callable[[Inputs], Trace | None] = lambda inputs: None  # every stage, of a candidate that returns them
-    say: Callable[[str], None] = lambda text: None  # is told what is being done
-
-
-class Library:
-    """Everything that does not depend on the candidate: the panel with its hypotheses. Kept by who explains many."""
-
-    def __init__(self, device: str = "cpu", panel: tuple[Step, ...] = PANEL) -> None:
-        self.panel = Prepared(panel, device)
-        self.bank = Bank(device)
-        self._hypotheses: dict[bool, Hypotheses] = {}
-
-    def hypotheses(self, takes_out: bool) -> Hypotheses:
-        """Of the panel, for candidates that take an output buffer or not."""
-        if takes_out not in self._hypotheses:
-            self._hypotheses[takes_out] = Hypotheses(self.panel, takes_out)
-        return self._hypotheses[takes_out]
-
-
 def explain(subject: Subject, call: Call, case: Case, library: Library | None = None) -> Explanation:
     """What is wrong with the candidate, or that nothing is. subject and call are the same candidate.
 
@@ -93,21 +68,23 @@ class _Explainer:
     def __init__(self, subject: Subject, call: Call, case: Case, library: Library | None) -> None:
         self.subject, self.call, self.case = subject, call, case
         self.library = library or Library(case.device)
+        self.asked = case.problem or Problem.parse(ASKED)
         self.facts: list[str] = []
         self.ruled_out: list[str] = []
 
     def run(self) -> Explanation:
         case = self.case
         answers = self._ask_panel()
-        case.say(f"the problem {case.problem.name}")
-        own = Prepared((Step(case.problem.name),), case.device)
+        self.asked = case.problem or Problem.parse(regrouped(ASKED, self.library.like))
+        case.say(f"the problem {self.asked.name}")
+        own = Prepared((Step(self.asked.name),), case.device)
         first = ask(self.subject, own, 0)
         if first.observed.status != "ok":
             return self._explanation(False, None, (), facts=(first.observed.message,))
         verdict = self._judge(own, first, 0)
         if verdict.status == FAIL and "form" in verdict.failed:
             detail = next(check.detail for check in verdict.checks if check.name == "form")
-            return self._explanation(False, None, (self._suspect("output", detail, case.problem.name),))
+            return self._explanation(False, None, (self._suspect("output", detail, self.asked.name),))
         self.takes_out = first.observed.poisoned
         verdicts = [self._judge(self.library.panel, one, k) for k, one in enumerate(answers)]
         wrong = [k for k, one in enumerate(verdicts) if one.status not in (PASS, INCONCLUSIVE)]
@@ -130,27 +107,39 @@ class _Explainer:
         else:
             findings = findings or self._findings(first)
             suspects = self._voted(scores, search, wrong, recipe, verdicts, findings)
-        start = case.problem.name if verdict.status == FAIL else self._problem_of(wrong)
+        start = self.asked.name if verdict.status == FAIL else self._problem_of(wrong)
         smallest = self._shrunk(start) if start and not (fitting and self._is_state(fitting[0])) else None
         return self._explanation(False, recipe.name, suspects, shrunk=smallest)
 
     # Asking
 
     def _ask_panel(self) -> list[Answer]:
-        self.case.say("a panel of small problems")
+        """The panel's answers; the panel is another one for a candidate that answers for one model's groups alone, or
+        that does not run at small geometries."""
+        case = self.case
+        case.say("a panel of small problems")
         self.subject.restart()
-        prepared = self.library.panel
-        answers = [ask(self.subject, prepared, 0)]
-        if answers[0].observed.status != "ok":  # it does not run at small geometries: the problem's own, then
-            message = answers[0].observed.message
-            self.facts.append(f"it does not run at small geometries ({message}): diagnosed at {self._geometry()}")
-            self.library = Library(self.case.device, panel_at(self.case.problem.geometry))
-            prepared = self.library.panel
-            answers = [ask(self.subject, prepared, 0)]
-        return answers + [ask(self.subject, prepared, k) for k in range(1, prepared.length)]
-
-    def _geometry(self) -> str:
-        return self.case.problem.geometry.name
+        self.at_home = False
+        first = ask(self.subject, self.library.panel, 0)
+        if first.observed.status == "ok" and not getattr(first.observed, "takes_groups", True):
+            like = case.problem.geometry if case.problem else PRESETS["dsv3"]
+            self.facts.append(
+                f"it does not take n_group, topk_group and top_k: taken as made for {like.n_group} groups, of which "
+                f"{like.topk_group} stay, and top_k = {like.top_k}"
+            )
+            self.library = Library(case.device, like=like)
+            self.subject.restart()
+            first = ask(self.subject, self.library.panel, 0)
+        if first.observed.status != "ok" and case.problem is not None:
+            geometry = case.problem.geometry
+            message = first.observed.message
+            self.facts.append(f"it does not run at small geometries ({message}): diagnosed at {geometry.name}")
+            self.library = Library(case.device, panel_at(geometry))
+            self.at_home = True
+            first = ask(self.subject, self.library.panel, 0)
+        if first.observed.status != "ok":
+            return [first]
+        return [first, *(ask(self.subject, self.library.panel, k) for k in range(1, self.library.panel.length))]
 
     def _judge(self, prepared: Prepared, answer: Answer, index: int) -> Verdict:
         step, known = prepared.steps[index], prepared.known(index)
@@ -169,10 +158,9 @@ class _Explainer:
         if not self.case.laws:
             return []
         self.case.say("laws and read-outs")
-        own = self.library.panel.steps is not PANEL
-        problem = self.case.problem if own else Problem.parse(DIAGNOSIS[0])
+        problem = self.asked if self.at_home else Problem.parse(regrouped(DIAGNOSIS[0], self.library.like))
         found = run_readouts(self.call, problem, device=self.case.device)
-        if own and problem.geometry.hidden_size * problem.geometry.intermediate_size > SMALL:
+        if problem.geometry.hidden_size * problem.geometry.intermediate_size > SMALL:
             return found  # laws draw every local expert's weights: minutes at such a size
         return found + run_laws(
             self.call,
@@ -239,10 +227,10 @@ class _Explainer:
 
     def _confirmed(self, fitting: list[Score], own: Prepared, first: Answer) -> list[Score]:
         """Fitting entries that explain the answer to the problem asked about as well, where that can be afforded."""
-        g, rows = self.case.problem.geometry, len(own.known(0).trace.gemm1_out)
+        g, rows = self.asked.geometry, len(own.known(0).trace.gemm1_out)
         if g.hidden_size * g.intermediate_size > SMALL and rows > 64:
             return fitting
-        self.case.say(f"the entry named, on {self.case.problem.name}")
+        self.case.say(f"the entry named, on {self.asked.name}")
         search = Search([first], Hypotheses(own, self.takes_out))
         kept = []
         for one in fitting[:3]:
@@ -250,7 +238,7 @@ class _Explainer:
             if far.worst <= FIT:
                 kept.append(one)
             else:
-                self._rule_out(one, f"fits the panel, but lies {far.worst:.3g} units off on {self.case.problem.name}")
+                self._rule_out(one, f"fits the panel, but lies {far.worst:.3g} units off on {self.asked.name}")
         return kept
 
     def _rule_out(self, one: Score, why: str) -> None:
@@ -311,7 +299,7 @@ class _Explainer:
             for check in verdicts[k].checks:
                 if not check.passed and check.name in CHECK_STAGES:
                     facts.append(Fact(check.detail, CHECK_STAGES[check.name]))
-        problem = self._problem_of(wrong) or self.case.problem.name
+        problem = self._problem_of(wrong) or self.asked.name
         decisive = self._stages() or self._decisive()
         self.facts += [one.text for one in decisive]
         ranked = stage_votes(partial, findings, facts, decisive)
@@ -319,7 +307,7 @@ class _Explainer:
 
     def _stages(self) -> list[Fact]:
         """The first stage that does not follow from the one before, where the candidate shows its stages."""
-        for name in dict.fromkeys((self.case.problem.name, *(one.judged for one in self.library.panel.steps))):
+        for name in dict.fromkeys((self.asked.name, *(one.judged for one in self.library.panel.steps))):
             inputs = make_inputs(Problem.parse(name)).to(self.case.device)
             trace = self.case.traced(inputs)
             if trace is None:
@@ -331,14 +319,15 @@ class _Explainer:
 
     def _decisive(self) -> list[Fact]:
         """What the routing matrix and gemm2's inverted weights say."""
-        if self.library.panel.steps is not PANEL:
+        if self.at_home:
             return []
+        like = self.library.like
         self.case.say("the routing matrix, and what gemm2 was fed")
         found = []
-        read = read_routing_weights(self.call, Problem.parse(DIAGNOSIS[0]), self.case.device)
+        read = read_routing_weights(self.call, Problem.parse(regrouped(DIAGNOSIS[0], like)), self.case.device)
         if read is not None and (fact := judge_routing(read)):
             found.append(fact)
-        prepared = Prepared((Step(PROBLEM),), self.case.device)
+        prepared = Prepared((Step(regrouped(PROBLEM, like)),), self.case.device)
         rows = ask(self.subject, prepared, 0).rows
         if rows is not None and not found:
             inputs, known = prepared.judged(0), prepared.known(0)
@@ -379,7 +368,7 @@ class _Explainer:
         shrunk: str | None = None,
     ) -> Explanation:
         return Explanation(
-            self.case.problem.name,
+            self.asked.name,
             self.case.candidate,
             correct,
             recipe,

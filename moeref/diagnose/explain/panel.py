@@ -219,3 +219,27 @@ def panel_at(geometry: Geometry) -> Steps:
         Step(f"{name}-t3-o{middle}-all_negative-model_like-s4"),
         Step(f"{name}-t5-o{middle}-deepseek_like-heterogeneous-s5"),
     )
+
+
+def regrouped(name: str, like: Geometry | None) -> str:
+    """The problem of that name with the routing groups and top_k of another model; itself where `like` is None.
+
+    For candidates that answer for their own model's groups alone. There are as many experts as before or more, and a
+    shard that reached past the last one still does.
+    """
+    problem = Problem.parse(name)
+    if like is None:
+        return name
+    g = problem.geometry
+    members = max(4, 2 * -(-like.top_k // like.topk_group), -(-g.num_experts // like.n_group))
+    experts = like.n_group * members
+    changed = replace(g, num_experts=experts, top_k=like.top_k, n_group=like.n_group, topk_group=like.topk_group)
+    past = problem.offset + g.num_local_experts > g.num_experts
+    offset = problem.offset + experts - g.num_experts if past else problem.offset
+    return replace(problem, geometry=changed, offset=offset).name
+
+
+def regrouped_steps(steps: Steps, like: Geometry | None) -> Steps:
+    """Every problem of the steps regrouped; steps that became alike are kept once."""
+    made = [Step(regrouped(one.problem, like), regrouped(one.then, like) if one.then else "") for one in steps]
+    return tuple(dict.fromkeys(made))

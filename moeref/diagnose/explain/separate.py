@@ -6,13 +6,14 @@ one on which they disagree most is asked of the candidate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 from moeref.diagnose.explain.hypotheses import RIGHT, Hypotheses, step_distance
-from moeref.diagnose.explain.panel import Prepared, Step, Steps, Subject, ask
+from moeref.diagnose.explain.panel import Prepared, Step, Steps, Subject, ask, regrouped_steps
 from moeref.diagnose.explain.rank import FIT, Score, Search
+from moeref.spec import Geometry
 
 BANK: tuple[Steps, ...] = (
     (Step("small-t24-o16-iid-heterogeneous-s31-f0.5"),),
@@ -45,14 +46,15 @@ class Separation:
 class Bank:
     """The sequences with their hypotheses, kept for a caller who explains many candidates."""
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: str = "cpu", like: Geometry | None = None) -> None:
         self.device = device
+        self.sequences = tuple(regrouped_steps(steps, like) for steps in BANK)
         self._made: dict[tuple[int, bool], Hypotheses] = {}
 
     def hypotheses(self, index: int, takes_out: bool) -> Hypotheses:
-        """Of BANK[index]."""
+        """Of the sequence of that index."""
         if (index, takes_out) not in self._made:
-            self._made[index, takes_out] = Hypotheses(Prepared(BANK[index], self.device), takes_out)
+            self._made[index, takes_out] = Hypotheses(Prepared(self.sequences[index], self.device), takes_out)
         return self._made[index, takes_out]
 
 
@@ -77,7 +79,7 @@ def separate(subject: Subject, tied: Sequence[Score], bank: Bank, takes_out: boo
     nearest = pairs[0][0].units
     kept = [one for found, one in pairs if found.worst <= FIT and found.units <= nearest + 1]
     dropped = [one for found, one in pairs if one not in kept]
-    return Separation(BANK[best], tuple(kept or [one for _, one in pairs]), tuple(dropped if kept else ()))
+    return Separation(bank.sequences[best], tuple(kept or [one for _, one in pairs]), tuple(dropped if kept else ()))
 
 
 CLEAR = 100.0
@@ -94,7 +96,3 @@ def _gap(tied: Sequence[Score], hypotheses: Hypotheses) -> float:
 
     steps = range(hypotheses.prepared.length)
     return max((apart(a, b, k) for a, b in combinations(tied, 2) for k in steps), default=0.0)
-
-
-Replay = Callable[[Sequence[str]], str]
-"""The command line that judges the candidate on these problems in turn."""
