@@ -9,8 +9,8 @@ from typing import Any
 
 from moeref.interop.solution import leads_out
 
-SHOWN = 80
-"""Characters of a foreign value that a message repeats."""
+SHOWN = 300
+"""Characters of a foreign value that a message repeats: a published blob's path has 190."""
 
 
 class FibError(ValueError):
