@@ -52,7 +52,8 @@ def write_html(
 
     command = shlex.join(["moeref", *sys.argv[1:]])
     try:
-        html.write(path, candidate, outcomes, found, left_out, explanations, command)
+        with console.status("drawing the report"):
+            html.write(path, candidate, outcomes, found, left_out, explanations, command)
     except OSError as error:
         raise SpecError(f"--html {path}: {error.strerror}") from error
     console.print(f"written: {path}", markup=False)

@@ -96,16 +96,23 @@ def _experts(kept: Detail, anchor: str) -> Picture:
     return Picture("Error by expert", charts.experts(kept, f"{anchor}e"), alt, caption)
 
 
+MOST_POINTS = 300
+"""Weights drawn in one figure: those of the tokens furthest out. More would only weigh."""
+
+
 def _weights(kept: Detail, anchor: str) -> Picture:
     finite = [token for token in kept.tokens if math.isfinite(token.z)]
-    off = max((abs(seen - due) for token in finite for due, seen in zip(token.due, token.seen, strict=True)), default=0)
-    alt = f"Routing weights of {len(finite)} tokens, seen against due: they differ by {off:.3g} at most"
+    room = MOST_POINTS // max(len(token.due) for token in finite)
+    shown = finite[: max(1, room)]
+    off = max(abs(seen - due) for token in shown for due, seen in zip(token.due, token.seen, strict=True))
+    alt = f"Routing weights of {len(shown)} tokens, seen against due: they differ by {off:.3g} at most"
+    which = "" if len(shown) == len(finite) else " furthest out"
     caption = (
-        f"Each local expert of {len(finite)} tokens: the weight that is due, and the one that explains the output's "
-        "row best. On the line: right. At 0: the expert is missing. Scattered points: those rows are no "
+        f"Each local expert of the {len(shown)} tokens{which}: the weight that is due, and the one that explains the "
+        "output's row best. On the line: right. At 0: the expert is missing. Scattered points: those rows are no "
         "combination of their experts' results."
     )
-    return Picture("Routing, as the output shows it", charts.weights(finite, f"{anchor}w"), alt, caption)
+    return Picture("Routing, as the output shows it", charts.weights(shown, f"{anchor}w"), alt, caption)
 
 
 def suspected_stages(found: Sequence[Diagnosis]) -> list[Picture]:
