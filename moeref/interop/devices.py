@@ -12,10 +12,10 @@ def usable_device(text: str, option: str = "--device", worker: int = 0) -> str:
     worker   number of this process among several that share the machine's GPUs: where the number is left open, worker n
              of more than one gets GPU n modulo their count.
     """
-    import torch
-
     if text != "auto" and text != "cpu" and not text.startswith("cuda"):
         raise SpecError(f"{option} {text}: expected auto, cpu, cuda or cuda:N")
+    import torch
+
     if text == "cpu" or (text == "auto" and not torch.cuda.is_available()):
         return "cpu"
     count = torch.cuda.device_count()

@@ -43,12 +43,12 @@ def judge_item(item: pytest.Item, session: Session, ask: Ask) -> None:
             result = ask(session)
         except CandidateError as error:
             result = Result(ERROR, str(error))
-    recorded |= {"status": result.status} | result.properties
+    recorded |= {"status": result.status, **result.properties}
     item.user_properties += [(PREFIX + name, value) for name, value in recorded.items()]
-    _conclude(result, item, gpu_required)
+    conclude(result, item, gpu_required)
 
 
-def _conclude(result: Result, item: pytest.Item, gpu_required: bool) -> None:
+def conclude(result: Result, item: pytest.Item, gpu_required: bool) -> None:
     """Pass, fail or skip. INCONCLUSIVE is a skip to JUnit, which has no fourth outcome; the terminal tells it apart."""
     if result.status == PASS:
         return
@@ -79,6 +79,5 @@ def again(item: pytest.Item) -> str:
         words.append("--moe-all")
     if config.getoption("--require-gpu"):
         words.append("--require-gpu")
-    module = item.nodeid.partition("::")[0].rpartition("/")[2].removesuffix(".py")
-    words += ["--pyargs", f"{SUITE}.{module}::{item.name}"]
+    words += ["--pyargs", f"{SUITE}.{item.path.stem}::{item.name}"]
     return shlex.join(words)
