@@ -7,6 +7,7 @@ import os
 import typer
 
 from moeref.commands.bench import bench
+from moeref.commands.explain import explain
 from moeref.commands.faults import faults
 from moeref.commands.fib import fib
 from moeref.commands.fuzz import fuzz
@@ -30,7 +31,7 @@ def _root() -> None:
     """
 
 
-for command in (verify, bench, fuzz, faults, show, backends):
+for command in (verify, explain, bench, fuzz, faults, show, backends):
     app.command()(command)
 app.add_typer(golden, name="golden")
 app.add_typer(fib, name="fib")

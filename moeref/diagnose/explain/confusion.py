@@ -57,7 +57,8 @@ class Told:
 
 
 @cache
-def _library() -> Library:
+def shared_library() -> Library:
+    """One for all that this process explains."""
     return Library()
 
 
@@ -75,7 +76,7 @@ def tell(name: str, recipe: Recipe = USUAL) -> Told:
 
 def _explain(name: str, build: Callable[[], Any]) -> Explanation:
     case = Case(name, Problem.parse(ASKED), shrink_seconds=0)
-    return explain(LocalSubject(build), LocalCall(build()), case, _library())
+    return explain(LocalSubject(build), LocalCall(build()), case, shared_library())
 
 
 def _tell_by_name(name_and_recipe: tuple[str, str]) -> Told:

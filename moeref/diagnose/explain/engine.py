@@ -107,8 +107,9 @@ class _Explainer:
         else:
             findings = findings or self._findings(first)
             suspects = self._voted(scores, search, wrong, recipe, verdicts, findings)
-        start = self.asked.name if verdict.status == FAIL else self._problem_of(wrong)
-        smallest = self._shrunk(start) if start and not (fitting and self._is_state(fitting[0])) else None
+        large = self.asked.geometry.hidden_size * self.asked.geometry.intermediate_size > SMALL
+        start = self._problem_of(wrong) if wrong and (large or verdict.status != FAIL) else self.asked.name
+        smallest = None if fitting and self._is_state(fitting[0]) else self._shrunk(start)
         return self._explanation(False, recipe.name, suspects, shrunk=smallest)
 
     # Asking
