@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moe_fast.backends import by_name, pick
+from moe_fast.backends import Backend, by_name, pick
 from moeref.inputs import FIELDS, InputError, find_problems
 from moeref.spec import Geometry, SpecError
 
@@ -82,17 +82,49 @@ def moe(
         local_expert_offset,
         routed_scaling_factor,
     )
+    form = (*map(_form, ten), _form(out), n_group, topk_group, top_k, backend)
+    found = _checked.get(form)
+    if found is None:
+        found = _check(ten, out, n_group, topk_group, top_k, backend)
+        if len(_checked) >= MAX_CHECKED:
+            _checked.clear()
+        _checked[form] = found
+    geometry, chosen = found
+    return chosen.run(*ten, out=out, n_group=geometry.n_group, topk_group=geometry.topk_group, top_k=geometry.top_k)
+
+
+MAX_CHECKED = 256
+_checked: dict[tuple[Any, ...], tuple[Geometry, Backend]] = {}
+"""Calls of these forms were found right: checking takes longer than launching the kernels."""
+
+
+def _form(value: Any) -> Any:
+    """All that is checked of an input: of a tensor its layout, of a number its value; anything else equals nothing."""
+    if isinstance(value, torch.Tensor) and value.layout == torch.strided and value.dim() > 0:
+        return value.shape, value.stride(), value.dtype, value.device
+    return (type(value), value) if value is None or type(value) in (int, float) else object()
+
+
+def _check(
+    ten: tuple[Any, ...],
+    out: Any,
+    n_group: int | None,
+    topk_group: int | None,
+    top_k: int | None,
+    backend: str | None,
+) -> tuple[Geometry, Backend]:
+    """Geometry and backend of a call. Raises what `moe` says."""
     geometry = geometry_of(ten, n_group, topk_group, top_k)
     problems = find_problems(geometry, *ten, values=False)
     if out is not None:
-        problems += _output_problems(out, hidden_states)
+        problems += _output_problems(out, ten[2])
     if problems:
         raise InputError(problems)
-    device = hidden_states.device
+    device = ten[2].device
     chosen = by_name(backend) if backend is not None else pick(geometry, device)
     if backend is not None and (reason := chosen.unsupported(geometry, device)) is not None:
         raise RuntimeError(f"backend {backend} can't run {geometry.name} on {device}: {reason}")
-    return chosen.run(*ten, out=out, n_group=geometry.n_group, topk_group=geometry.topk_group, top_k=geometry.top_k)
+    return geometry, chosen
 
 
 _AXES = {"E": ((0, 1), (1, 0)), "L": ((4, 0), (6, 0), (5, 0)), "H": ((2, 1), (4, 2), (6, 1)), "I": ((6, 2),)}

@@ -163,6 +163,7 @@ def test_no_backend_lists_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NoBackend, match="reference: it is Sunday"):
         pick(PRESETS["dsv3"], torch.device("cpu"))
     inputs = make_inputs(Problem.parse("small-t9-o8-iid-model_like-s0"))
+    monkeypatch.setattr(moe_fast, "_checked", {})
     with pytest.raises(RuntimeError, match="it is Sunday"):
         moe_fast.moe(*inputs.args(), backend="reference", **groups(inputs))
     reason = candidates()["moe_fast"].unsupported(PRESETS["dsv3"], torch.device("cpu"))
@@ -191,3 +192,27 @@ def test_the_target_of_a_cpu() -> None:
     assert (target.kind, target.capability, target.is_hopper) == ("cpu", None, False) and target.sm_count >= 1
     with pytest.raises(ValueError, match="expected cpu"):
         target_of("meta")
+
+
+def test_a_call_like_a_right_one_is_not_checked_again_and_any_other_is() -> None:
+    problem = Problem.parse(PROBLEMS[0])
+    inputs = make_inputs(problem)
+    constants = {"n_group": problem.geometry.n_group, "topk_group": problem.geometry.topk_group}
+    constants["top_k"] = problem.geometry.top_k
+    ten = list(inputs.args())
+    moe_fast.moe(*ten, **constants)
+    known = len(moe_fast._checked)
+    moe_fast.moe(*ten, **constants)
+    assert len(moe_fast._checked) == known
+    changes: dict[int, Any] = {
+        0: ten[0].double(),
+        2: ten[2].t().contiguous().t(),
+        3: ten[3].to_sparse(),
+        4: ten[4][:, :-1].contiguous(),
+        8: problem.geometry.num_experts,
+        9: "2.5",
+    }
+    for at, changed in changes.items():
+        with pytest.raises(InputError, match=FIELDS[at]):
+            moe_fast.moe(*ten[:at], changed, *ten[at + 1 :], **constants)
+    assert len(moe_fast._checked) == known
