@@ -21,7 +21,7 @@ from moeref.diagnose.explain.distance import direction, live_rows, row_distance
 from moeref.diagnose.explain.engine import explain
 from moeref.diagnose.explain.geometry import error_geometry
 from moeref.diagnose.explain.inside import PROBLEM, look_inside
-from moeref.diagnose.explain.panel import PANEL, LocalSubject, Prepared, Step, panel_at
+from moeref.diagnose.explain.panel import PANEL, LocalSubject, Prepared, Step, panel_at, regrouped
 from moeref.diagnose.explain.result import Explanation
 from moeref.diagnose.explain.substitution import judge_trace
 from moeref.diagnose.faults import FAULTS
@@ -178,6 +178,18 @@ def test_the_panel_stands_on_its_own_feet() -> None:
     assert Problem.parse(PANEL[0].problem).factor not in (1.0, 2.5)  # else a kept factor is a factor not applied
     for step in panel_at(PRESETS["dsv3"]):
         assert Problem.parse(step.problem).geometry == PRESETS["dsv3"]
+
+
+def test_problems_for_one_models_groups() -> None:
+    """Sizes and the shard's place stay; a shard that reached past the last expert still does."""
+    like = PRESETS["dsv3"]
+    names = {regrouped(step.problem, like) for step in PANEL}
+    for step in PANEL:
+        old, new = Problem.parse(step.problem), Problem.parse(regrouped(step.problem, like))
+        assert (new.geometry.n_group, new.geometry.topk_group, new.geometry.top_k) == (8, 4, 8)
+        assert (new.geometry.hidden_size, new.seq_len, new.seed) == (old.geometry.hidden_size, old.seq_len, old.seed)
+        assert len(new.real_experts) == len(old.real_experts)
+    assert len(names) == len({step.problem for step in PANEL}) and regrouped(ASKED, None) == ASKED
 
 
 def test_a_subject_is_given_its_inputs_back() -> None:

@@ -135,7 +135,7 @@ class _Explainer:
             geometry = case.problem.geometry
             message = first.observed.message
             self.facts.append(f"it does not run at small geometries ({message}): diagnosed at {geometry.name}")
-            self.library = Library(case.device, panel_at(geometry))
+            self.library = Library(case.device, panel_at(geometry), self.library.like)
             self.at_home = True
             first = ask(self.subject, self.library.panel, 0)
         if first.observed.status != "ok":
@@ -350,7 +350,7 @@ class _Explainer:
         deadline = time.perf_counter() + self.case.shrink_seconds
 
         def fails(problem: Problem) -> bool:
-            if time.perf_counter() > deadline:
+            if time.perf_counter() > deadline or not self._in_its_model(problem):
                 return False
             prepared = Prepared((Step(problem.name),), self.case.device)
             return self._judge(prepared, ask(self.subject, prepared, 0), 0).status == FAIL
@@ -359,6 +359,11 @@ class _Explainer:
         if not fails(problem):
             return None  # what was seen needs an earlier call
         return shrink(problem, fails)[0].name
+
+    def _in_its_model(self, problem: Problem) -> bool:
+        """Whether the candidate can know the problem's routing groups: always, unless it answers for one model's."""
+        g, like = problem.geometry, self.library.like
+        return like is None or (g.n_group, g.topk_group, g.top_k) == (like.n_group, like.topk_group, like.top_k)
 
     def _explanation(
         self,
