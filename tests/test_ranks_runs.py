@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as distributed
 from ep_torchrun import PROBLEMS, finish, outcomes, rank_processes, slow_kernel, start
 
+from moeref.ranks.board import LARGEST, Board
 from moeref.ranks.world import World
 
 CANDIDATES = Path(__file__).parent / "ep_candidates.py"
@@ -43,6 +45,18 @@ def test_torchrun_alone_makes_ranks() -> None:
     place = World.of({**other, "TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "0"})
     assert place is not None and (place.rank, place.size, place.hosted) == (0, 1, False)
     assert place.device("cpu") == "cpu" and place.backend("cpu") == "gloo"
+
+
+def test_the_board_holds_objects_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = distributed.HashStore()
+    monkeypatch.setattr(World, "open_store", lambda *arguments: store)
+    board = Board(World(0, 1, 0, 1, "", 0, False, 0))
+    assert board.get("x") is None
+    for what in ("short", bytes(2 * LARGEST + 1)):
+        board.put("x", what)
+        assert board.get("x") == what
+    assert [board.first("y", 1), board.first("y", 2)] == [1, 1]
+    assert [board.take_number("n") for _ in range(3)] == [0, 1, 2]
 
 
 def test_a_fault_of_one_rank_alone_is_found_and_its_rank_named(tmp_path: Path) -> None:

@@ -22,6 +22,9 @@ SILENT = 20.0
 """Seconds without a sign after which a rank counts as gone: forty beats, of a thread that does nothing else. It is
 stopped, killed, or its host is out of reach; work that takes long is done in another process."""
 
+LARGEST = 4 << 20
+"""Bytes in one message: the store refuses more than eight million."""
+
 
 @dataclass(frozen=True)
 class Failed:
@@ -37,6 +40,13 @@ class Failed:
         return self.reason if self.rank < 0 else f"rank {self.rank}: {self.reason}"
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """Stands for an object that was too large for one message."""
+
+    count: int
+
+
 class Board:
     """Objects by name, the same for all ranks. Every call returns at once; raises RuntimeError when the store is gone.
 
@@ -50,13 +60,24 @@ class Board:
 
     def put(self, name: str, what: Any) -> None:
         """Write or overwrite."""
+        data = pickle.dumps(what)
         with self._lock:
-            self._store.set(name, pickle.dumps(what))
+            if len(data) > LARGEST:
+                parts = range(0, len(data), LARGEST)
+                for number, start in enumerate(parts):
+                    self._store.set(f"{name}/part {number}", data[start : start + LARGEST])
+                data = pickle.dumps(_Parts(len(parts)))
+            self._store.set(name, data)
 
     def get(self, name: str) -> Any:
         """The object, or None where there is none yet."""
         with self._lock:
-            return pickle.loads(self._store.get(name)) if self._store.check([name]) else None
+            if not self._store.check([name]):
+                return None
+            found = pickle.loads(self._store.get(name))
+            if isinstance(found, _Parts):
+                found = pickle.loads(b"".join(self._store.get(f"{name}/part {i}") for i in range(found.count)))
+            return found
 
     def first(self, name: str, what: Any) -> Any:
         """Write unless somebody has; what stands there."""

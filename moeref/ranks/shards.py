@@ -43,8 +43,6 @@ def cut(geometry: Geometry, count: int = 0) -> list[Shard]:
 
 def dealt(shards: list[Shard], rank: int, ranks: int) -> list[Shard]:
     """The shards of one of `ranks` processes: neighbouring ones, in turn; none for a process too many."""
-    return (
-        [shard for shard in shards if shard.index * ranks // shard.count == rank]
-        if ranks < len(shards)
-        else ([shards[rank]] if rank < len(shards) else [])
-    )
+    if ranks >= len(shards):
+        return shards[rank : rank + 1]
+    return [shard for shard in shards if shard.index * ranks // shard.count == rank]

@@ -46,7 +46,7 @@ def find_sign(inputs: Inputs, trace: Trace, output: torch.Tensor, count: int) ->
         return Sign("missing", "it contributes nothing")
     some = inputs.take(tokens)
     own = moe(some)
-    # with FlashInfer's convention a shift by d means: the ids offset+d .. are taken for this shard's experts
+    # a shift by d: the ids offset+d .. are taken for this shard's experts
     shifts = _shifts(inputs, count)
     pieces = _by_expert(own, inputs.local_expert_offset)
     shifted = {d: moe(replace(some, local_expert_offset=inputs.local_expert_offset + d)).unrounded for d in shifts}
