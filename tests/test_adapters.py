@@ -163,6 +163,17 @@ def test_variants_differ_in_what_they_ask_of_the_library(monkeypatch: pytest.Mon
     assert outputs[:2] == outputs[2:]
 
 
+def test_the_old_gate_gives_the_same_and_says_what_it_does_not_know() -> None:
+    library = sglang_stand_in.library(old_gate=True)
+    library.moe_fused_gate = sglang_stand_in.moe_fused_gate_old
+    old, new = candidates.over("sglang_blockwise_swap", library), candidates.over("sglang_blockwise_swap")
+    inputs = make_inputs(Problem.parse(FEW[0]))
+    groups = {"n_group": 4, "topk_group": 2, "top_k": 4}
+    assert torch.equal(old(*inputs.args(), **groups), new(*inputs.args(), **groups))
+    with pytest.raises(Unsupported, match="got 24 in 1 groups: install sglang-kernel"):
+        old(*make_inputs(Problem.parse(FEW[3])).args(), n_group=1, topk_group=1, top_k=4)
+
+
 def test_tuning_is_asked_for_at_the_first_call_of_a_size() -> None:
     asked: list[bool] = []
     library = flashinfer_stand_in.library()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moe_fast.backends._adapter import Layer
+from moeref.interop.candidates import Unsupported
 
 PLACES = ("sglang.kernels.ops.moe.moe_fused_gate", "sglang.jit_kernel.moe_fused_gate")
 """Modules of sglang 0.5.17 and newer, and of 0.5.16, that define moe_fused_gate in Triton; before, sgl_kernel did."""
@@ -37,9 +38,17 @@ def load_gate() -> tuple[Gate, bool]:
 
 
 def route(library: Any, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
-    """(topk_weights [T, K] float32, topk_ids [T, K] int32, global), by library.moe_fused_gate."""
+    """(topk_weights [T, K] float32, topk_ids [T, K] int32, global), by library.moe_fused_gate.
+
+    Raises Unsupported where an old gate does not know the geometry.
+    """
     bias = layer.routing_bias.float()  # the gate wants the logits' dtype
     if library.gate_is_old:
+        if layer.experts & (layer.experts - 1) or layer.experts // layer.n_group > 32:
+            raise Unsupported(
+                f"this sglang-kernel's gate knows powers of two of experts, in groups of at most 32; got {layer.experts} "
+                f"in {layer.n_group} groups: install sglang-kernel 0.4.5 or newer with its sglang"
+            )
         return library.moe_fused_gate(  # type: ignore[no-any-return]
             layer.routing_logits,
             bias,
