@@ -46,8 +46,8 @@ def route(library: Any, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
     if library.gate_is_old:
         if layer.experts & (layer.experts - 1) or layer.experts // layer.n_group > 32:
             raise Unsupported(
-                f"this sglang-kernel's gate knows powers of two of experts, in groups of at most 32; got {layer.experts} "
-                f"in {layer.n_group} groups: install sglang-kernel 0.4.5 or newer with its sglang"
+                f"this sglang-kernel's gate knows powers of two of experts, in groups of at most 32; got "
+                f"{layer.experts} in {layer.n_group} groups: install sglang-kernel 0.4.5 or newer with its sglang"
             )
         return library.moe_fused_gate(  # type: ignore[no-any-return]
             layer.routing_logits,
