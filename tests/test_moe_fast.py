@@ -216,3 +216,14 @@ def test_a_call_like_a_right_one_is_not_checked_again_and_any_other_is() -> None
         with pytest.raises(InputError, match=FIELDS[at]):
             moe_fast.moe(*ten[:at], changed, *ten[at + 1 :], **constants)
     assert len(moe_fast._checked) == known
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("tokens", [24, 300])
+def test_tensors_may_lie_on_another_device_than_the_current_one(tokens: int) -> None:
+    problem = Problem.parse(f"small-t{tokens}-o8-iid-model_like-s0")
+    outputs = [
+        moe_fast.moe(*(inputs := make_inputs(problem, device=f"cuda:{i}")).args(), **groups(inputs)) for i in (0, 1)
+    ]
+    assert outputs[1].device.index == 1 and torch.equal(outputs[0].cpu(), outputs[1].cpu())
