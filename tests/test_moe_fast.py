@@ -223,7 +223,8 @@ def test_a_call_like_a_right_one_is_not_checked_again_and_any_other_is() -> None
 @pytest.mark.parametrize("tokens", [24, 300])
 def test_tensors_may_lie_on_another_device_than_the_current_one(tokens: int) -> None:
     problem = Problem.parse(f"small-t{tokens}-o8-iid-model_like-s0")
-    outputs = [
-        moe_fast.moe(*(inputs := make_inputs(problem, device=f"cuda:{i}")).args(), **groups(inputs)) for i in (0, 1)
-    ]
+    inputs = make_inputs(problem)
+    outputs = []
+    for device in ("cuda:0", "cuda:1"):
+        outputs.append(moe_fast.moe(*inputs.to(device).args(), **groups(inputs)))
     assert outputs[1].device.index == 1 and torch.equal(outputs[0].cpu(), outputs[1].cpu())
