@@ -38,12 +38,10 @@ from moeref.verify import Options
 ROOT = Path(__file__).resolve().parents[1]
 
 SAMPLE = (
-    "bias_cut_at_zero",
     "masked_with_zero",
     "index_found_by_value",
     "offset_cut_at_zero",
     "tile_tail_row_lost",
-    "activation_scale_ue8m0",
     "gemm1_accumulator_of_14_bits",
     "silu_with_ripple",
     "cast_drops_the_carry",
@@ -72,8 +70,8 @@ def told(build: type[Kernel], library: Library, problem: str = ASKED) -> Explana
 def test_faults_of_the_catalogue_are_named() -> None:
     found = [tell(name) for name in SAMPLE]
     total = counts(found)
-    assert total.stage_first >= 11 and total.stage_within_three == len(SAMPLE), found
-    assert total.exact >= 10, found
+    assert total.stage_first >= 9 and total.stage_within_three == len(SAMPLE), found
+    assert total.exact >= 8, found
 
 
 def test_a_fault_is_named_in_another_recipe(library: Library) -> None:
@@ -231,11 +229,12 @@ def run(*ten, n_group, topk_group, top_k):
 """
 
 
-def test_a_trace_is_judged_stage_by_stage(tmp_path: Path) -> None:
+def test_a_trace_is_judged_stage_by_stage(tmp_path: Path, library: Library) -> None:
     """SwiGLU's columns moved by three: the stages behind follow from it, so it alone is blamed."""
     (tmp_path / "traces.py").write_text(TRACES)
     options = Options(timeout=60, isolate=False)
-    found = explain_candidate(f"{tmp_path / 'traces.py'}:run", Problem.parse(ASKED), options, shrink_seconds=0)
+    candidate = f"{tmp_path / 'traces.py'}:run"
+    found = explain_candidate(candidate, Problem.parse(ASKED), options, shrink_seconds=0, library=library)
     assert found.suspects[0].stage == "swiglu" and found.suspects[0].fault is None
     assert "swiglu_out does not follow from the stage before" in found.suspects[0].evidence
 

@@ -56,13 +56,6 @@ class SecondBestSkipped(Kernel):
         return torch.cat([ids[:, :1], ids[:, 2:]], 1)
 
 
-class SquaredScores(Kernel):
-    """Weights are the squares of the scores, normalised."""
-
-    def weigh(self, inputs: Inputs, scores: Tensor, biased: Tensor, ids: Tensor) -> Tensor:
-        return Kernel.weigh(self, inputs, scores.square(), biased, ids)
-
-
 class RowsPastThreeReadTheFirst(Kernel):
     """Rows from the fourth of a run on read the run's first token."""
 
@@ -70,13 +63,6 @@ class RowsPastThreeReadTheFirst(Kernel):
         rows, place = torch.arange(len(experts_of(permutation))), place_in_run(permutation)
         tokens = permutation.permuted_idx_to_token_idx[torch.where(place > 2, rows - place, rows)]
         return Kernel.gather(self, inputs, replace(permutation, permuted_idx_to_token_idx=tokens))
-
-
-class FirstBlockNotSummed(Kernel):
-    """gemm2 leaves out the first I block."""
-
-    def dot2(self, inputs: Inputs, expert: int, x: Tensor, weight: Tensor) -> Tensor:
-        return x[:, 128:] @ weight[:, 128:].T
 
 
 class ScalesOfTheFirstRow(Kernel):
@@ -115,9 +101,7 @@ UNCATALOGUED: dict[type[Kernel], tuple[str, ...]] = {
     LongBatchesGelu: ("swiglu",),
     HalvedBias: ("bias",),
     SecondBestSkipped: ("topk",),
-    SquaredScores: ("weights",),
     RowsPastThreeReadTheFirst: ("permute",),
-    FirstBlockNotSummed: ("gemm2",),
     ScalesOfTheFirstRow: ("requantize",),
     SecondRowLost: ("combine",),
     SteeperSigmoid: ("routing",),

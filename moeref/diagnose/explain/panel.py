@@ -143,7 +143,9 @@ class LocalSubject:
             if count and then is not None:
                 contents = then
                 _copy(then, buffers)
-            kept = contents.map(torch.clone) if contents is buffers else contents
+            kept = {
+                name: t.clone() if contents is buffers else t for name, t in contents.tensors().items() if _kept(name)
+            }
             versions = {name: tensor._version for name, tensor in buffers.tensors().items()}
             shape = (inputs.seq_len, g.hidden_size)
             out = torch.full(shape, poison, dtype=torch.bfloat16, device=inputs.device) if self.takes_out else None
@@ -153,9 +155,13 @@ class LocalSubject:
             outputs.append(result.clone())
             written = [name for name, tensor in buffers.tensors().items() if tensor._version != versions[name]]
             changed.update(written)
-            if written:
-                _copy(kept, buffers)
+            for name in written:  # no kernel of ours writes to weights: a copy of them would cost more than its call
+                buffers.tensors()[name].view(torch.uint8).copy_(kept[name].view(torch.uint8))
         return View(outputs, sorted(changed), poisoned=self.takes_out)
+
+
+def _kept(name: str) -> bool:
+    return name not in ("gemm1_weights", "gemm2_weights")
 
 
 def _copy(source: Inputs, target: Inputs) -> None:
@@ -213,11 +219,10 @@ def panel_at(geometry: Geometry) -> Steps:
     last = max(geometry.num_experts - geometry.num_local_experts, 0)
     middle = last // 2 // geometry.num_local_experts * geometry.num_local_experts
     return (
-        Step(f"{name}-t2-o{middle}-iid-heterogeneous-s1-f3.0"),
-        Step(f"{name}-t17-o{low}-one_expert-heterogeneous-s2"),
+        Step(f"{name}-t17-o{low}-one_expert-heterogeneous-s2-f3.0"),  # every entry runs this one: one expert's weights
+        Step(f"{name}-t2-o{middle}-iid-heterogeneous-s1"),
         Step(f"{name}-t4-o{last}-iid-model_like-s3"),
         Step(f"{name}-t3-o{middle}-all_negative-model_like-s4"),
-        Step(f"{name}-t5-o{middle}-deepseek_like-heterogeneous-s5"),
     )
 
 
