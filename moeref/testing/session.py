@@ -189,7 +189,7 @@ class Session:
         if suspects:
             properties["suspects"] = ", ".join(suspects)
         where = f" [suspect: {', '.join(suspects)}]" if suspects else ""
-        text = "" if one.status == PASS else f"{one.kind} {one.finding.name}: {one.finding.detail}{where}"
+        text = "" if one.status == PASS else f"{one.finding.detail}{where}"
         return Result(one.status, text, one.repeat, properties)
 
 
