@@ -83,6 +83,7 @@ def test_show_and_backends() -> None:
     done = moeref("show", "1a4c")
     assert done.returncode == 0
     assert "[901, 7168]" in done.stdout and "experts hit" in done.stdout and "FLOPs" in done.stdout
+    assert "bytes of workspace" in done.stdout and "hopper_cuda 118,680,228" in done.stdout
     done = moeref("backends")
     assert done.returncode == 0 and "torch_grouped" in done.stdout and "ready" in done.stdout
 

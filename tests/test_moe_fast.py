@@ -228,3 +228,15 @@ def test_tensors_may_lie_on_another_device_than_the_current_one(tokens: int) -> 
     for device in ("cuda:0", "cuda:1"):
         outputs.append(moe_fast.moe(*inputs.to(device).args(), **groups(inputs)))
     assert outputs[1].device.index == 1 and torch.equal(outputs[0].cpu(), outputs[1].cpu())
+
+
+def test_hopper_states_its_workspace_and_keeps_it_under_400_mb_at_any_length() -> None:
+    pytest.importorskip("triton", reason="the Triton pipeline's workspace is sized by its tilings")
+    for tokens in (1, 160, 161, 901, 14107, 100_000, 10**6):
+        size = backends()["hopper"].workspace
+        assert size is not None
+        stated = size(PRESETS["dsv3"], tokens)
+        assert stated is not None and 0 < stated < 400e6, tokens
+    # Rows of 8 tokens a token in three buffers: 2048 e4m3, 16 float32 scales and 7168 bfloat16 each.
+    cuda = backends()["hopper_cuda"].workspace
+    assert cuda is not None and cuda(PRESETS["dsv3"], 1000) > 8000 * (2048 + 64 + 14336)  # type: ignore[operator]

@@ -39,6 +39,7 @@ class Backend:
     priority: int  # of those that can run, the highest is taken
     summary: str
     choices: tuple[Backend, ...] = ()  # of one that stands for others: the first that can run is taken
+    workspace: Callable[[Geometry, int], int | None] | None = None  # bytes kept by a call of so many tokens
 
 
 class NoBackend(RuntimeError):
@@ -115,6 +116,7 @@ def candidates() -> dict[str, Candidate]:
             deterministic=backend.deterministic,
             unsupported=backend.unsupported,
             summary=backend.summary,
+            workspace=backend.workspace,
             resolve=functools.partial(_resolve, backend) if backend.choices else None,
         )
         for backend in backends().values()

@@ -53,12 +53,18 @@ def unsupported(geometry: Geometry, device: torch.device) -> str | None:
     return hopper_triton.unsupported(geometry, device) or hopper_cuda.unsupported(geometry, device)
 
 
+def workspace(geometry: Geometry, tokens: int) -> int | None:
+    """That of the pipeline which a call of so many tokens takes."""
+    return (hopper_triton if tokens <= TRITON_TOKENS else hopper_cuda).workspace(geometry, tokens)
+
+
 BACKEND = Backend(
     name="hopper",
     run=run,
     recipe="requant",
     deterministic=True,
     unsupported=unsupported,
+    workspace=workspace,
     priority=60,
     summary=f"Hopper: hopper_triton up to {TRITON_TOKENS} tokens, hopper_cuda beyond",
 )

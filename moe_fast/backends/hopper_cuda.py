@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from moe_fast.backends import Backend
@@ -66,12 +68,22 @@ def unsupported(geometry: Geometry, device: torch.device) -> str | None:
     return None
 
 
+def workspace(geometry: Geometry, tokens: int) -> int:
+    """Bytes that a call keeps: what the most rows of any routing need, at most ROW_BUFFER_BYTES for those that grow."""
+    from moe_fast.pipelines.hopper_cuda import Shape, Workspace
+
+    g = geometry
+    shape = Shape(tokens, g.num_local_experts, g.top_k, g.hidden_size, g.intermediate_size)
+    return Workspace(replace(shape, tokens=min(tokens, shape.tokens_at_once)), torch.device("meta")).nbytes
+
+
 BACKEND = Backend(
     name="hopper_cuda",
     run=run,
     recipe="requant",
     deterministic=True,
     unsupported=unsupported,
+    workspace=workspace,
     priority=40,
     summary="CUDA C++, Hopper: route, place, gemm1, gemm2, combine; gemm2's rows in bfloat16",
 )

@@ -60,12 +60,26 @@ def unsupported(geometry: Geometry, device: torch.device) -> str | None:
     return None
 
 
+def workspace(geometry: Geometry, tokens: int) -> int | None:
+    """Bytes that a call keeps for its largest slice, which is rounded up to a power of two. None without triton."""
+    try:
+        from moe_fast.pipelines.hopper_triton import TOKENS_AT_ONCE, Shape, Workspace, choose_tiling, size_class
+    except ImportError:
+        return None
+    g, slice_tokens = geometry, min(tokens, TOKENS_AT_ONCE)
+    shape = size_class(Shape(slice_tokens, g.num_local_experts, g.top_k, g.hidden_size, g.intermediate_size))
+    meta = torch.device("meta")
+    ticket = torch.zeros(1, dtype=torch.int32, device=meta)
+    return Workspace(shape, choose_tiling(slice_tokens).tile_rows, meta, ticket).nbytes
+
+
 BACKEND = Backend(
     name="hopper_triton",
     run=run,
     recipe="requant",
     deterministic=True,
     unsupported=unsupported,
+    workspace=workspace,
     priority=50,
     summary="Triton, Hopper: route, experts (gemm1 and gemm2 in one persistent launch), combine",
 )

@@ -92,6 +92,11 @@ _workspaces: dict[tuple[object, ...], Workspace] = {}
 _tickets: dict[torch.device, list[torch.Tensor]] = {}
 
 
+def size_class(shape: Shape) -> Shape:
+    """The shape with its tokens rounded up to a power of two, 16 at least: few classes share the kept workspaces."""
+    return replace(shape, tokens=max(16, triton.next_power_of_2(shape.tokens)))
+
+
 def workspace_for(shape: Shape, tile_rows: int, device: torch.device) -> Workspace:
     """A workspace for a call on the current stream: kept by device, stream and size class, never returned to callers.
 
@@ -102,7 +107,7 @@ def workspace_for(shape: Shape, tile_rows: int, device: torch.device) -> Workspa
         ticket = spare.pop() if spare else torch.zeros(1, dtype=torch.int32, device=device)
         return Workspace(shape, tile_rows, device, ticket)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    shape = replace(shape, tokens=max(16, triton.next_power_of_2(shape.tokens)))  # few size classes
+    shape = size_class(shape)
     key = (device, stream, shape, tile_rows)
     if key not in _workspaces:
         if device not in _tickets:

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from moeref.commands.common import (
-    Debug,
-    reported,
-)
-
-if TYPE_CHECKING:
-    pass
+from moeref.commands.common import Debug, reported
 
 
 def show(
     problem: Annotated[str, typer.Argument(help="A problem's printed name, or the start of a published uuid.")],
     debug: Debug = False,
 ) -> None:
-    """What a problem is: shapes, bytes, experts hit, FLOPs, and the least time a card needs."""
+    """What a problem is: shapes, bytes, experts hit, FLOPs, the least time a card needs, workspaces."""
     with reported(debug):
+        from moeref.interop.candidates import known
         from moeref.report.show import describe
 
-        for one in describe(problem):
+        for one in describe(problem, known()):
             typer.echo(one)
 
 

@@ -87,6 +87,9 @@ class Candidate:
     unsupported: Callable[[Geometry, torch.device], str | None] = runs_anywhere  # why it can't run there, or None
     inexact: str = ""  # laws judged by noise, not bit for bit; comma-separated, e.g. "permutation,duplicates"
     summary: str = ""
+    workspace: Callable[[Geometry, int], int | None] | None = (
+        None  # bytes that a call of so many tokens keeps, if known
+    )
     resolve: Callable[[Geometry, torch.device], Candidate] | None = None  # for one that stands for others: its pick
 
     def __post_init__(self) -> None:

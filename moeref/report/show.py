@@ -20,8 +20,11 @@ H100_BYTES_PER_SECOND = 3.084e12  # measured device read bandwidth of an H100 SX
 H100_FLOPS = 1.158e15  # measured block-scaled FP8 matrix rate of the same card
 
 
-def describe(text: str) -> list[str]:
-    """Shapes, bytes, active experts and FLOPs of a problem, given by name or by a published uuid's start."""
+def describe(text: str, candidates: Mapping[str, Candidate] | None = None) -> list[str]:
+    """Shapes, bytes, active experts and FLOPs of a problem, given by name or by a published uuid's start.
+
+    candidates: those whose workspace is told, where they state one.
+    """
     try:
         problem = Problem.parse(text)
     except SpecError as error:
@@ -69,6 +72,14 @@ def describe(text: str) -> list[str]:
         f"FLOPs {flops:.4g}; weight bytes of hit experts {weights:,}; "
         f"floor on an H100 {max(memory, arithmetic):.1f} us (memory {memory:.1f}, arithmetic {arithmetic:.1f})"
     )
+    stated = {
+        name: candidate.workspace(g, problem.seq_len)
+        for name, candidate in sorted((candidates or {}).items())
+        if candidate.workspace is not None
+    }
+    known = [f"{name} {size:,}" for name, size in stated.items() if size is not None]
+    if known:
+        lines.append("bytes of workspace that a call keeps, whatever the routing: " + "; ".join(known))
     return lines
 
 
@@ -80,10 +91,11 @@ def backend_lines(candidates: Mapping[str, Candidate]) -> list[str]:
     """One line a candidate: name, recipe, and 'ready' or the reason it can't run on this machine."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines = [f"candidates known by name, for {device} at DeepSeek-V3's geometry:"]
+    wide = max(map(len, candidates), default=0)
     for name, candidate in sorted(candidates.items()):
         reason = candidate.unsupported(PRESETS["dsv3"], device)
         state = f"cannot run here: {reason}" if reason else "ready"
-        lines.append(f"  {name:<18} recipe {candidate.recipe:<20} {state}")
+        lines.append(f"  {name:<{wide}}  recipe {candidate.recipe:<33}  {state}")
         if candidate.summary:
-            lines.append(f"  {'':<18} {candidate.summary}")
+            lines.append(f"  {'':<{wide}}  {candidate.summary}")
     return lines
