@@ -263,6 +263,15 @@ def test_a_large_run_stays_under_two_megabytes_and_says_what_it_leaves_out() -> 
     assert page.tags["figure"] == 4 * MOST_SECTIONS and "Not passed, not shown in full" in page.text
 
 
+def test_an_expert_left_out_is_named() -> None:
+    kept = outcome("weights").detail
+    assert kept is not None
+    tokens = tuple(TokenWeights(token, (8, 11), (0.5, 0.4), (0.5, 1e-6 * token), 90.0, 1.0) for token in range(9))
+    one = replace(outcome("weights"), detail=replace(kept, tokens=tokens))
+    page = parsed(html.render(collect("kernel.py:run", [one])))
+    assert "the median where it is off by more than 2%: 0 for expert 11." in page.text
+
+
 def test_long_messages_are_cut_and_say_so() -> None:
     page = parsed(html.render(collect("kernel.py:run", [error("long", "m" * 10 * MOST_TEXT, "t" * 10 * MOST_TEXT)])))
     assert f"({9 * MOST_TEXT} more characters)" in page.text

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from moeref.diagnose.explain.result import Explanation
 from moeref.judge.detail import Detail, TokenWeights
@@ -25,6 +26,11 @@ FEW = 3  # a run of that few problems shows all of them in full
 MOST_TEXT = 4000  # characters of a message or traceback; --json holds all of it
 
 WORST_TOKENS = 10
+
+MOST_EXPERTS = 12  # named in one sentence
+
+OFF = 0.02
+"""Least relative change of an expert's median weight that is worth a sentence: bf16 weights move by 0.004 at most."""
 
 
 @dataclass(frozen=True)
@@ -273,7 +279,25 @@ def _token_notes(kept: Detail) -> tuple[str, ...]:
         reading += "there, wrong weights or a factor on a whole expert's result would explain it; elsewhere not."
     else:
         reading += "the error is not one of routing weights alone."
-    return active, reading
+    return (active, reading, *_ratios(cured))
+
+
+def _ratios(tokens: Sequence[TokenWeights]) -> list[str]:
+    """Experts whose weight is off by one factor in most of these tokens: left out, scaled, doubled."""
+    seen: dict[int, list[float]] = {}
+    for one in tokens:
+        for expert, due, found in zip(one.experts, one.due, one.seen, strict=True):
+            if due:
+                seen.setdefault(expert, []).append(found / due)
+    middle = {expert: median(ratios) for expert, ratios in sorted(seen.items())}
+    off = {expert: ratio for expert, ratio in middle.items() if abs(ratio - 1) > OFF}
+    if not off:
+        return []
+    named = ", ".join(
+        f"{round(ratio, 3) + 0.0:g} for expert {expert}" for expert, ratio in list(off.items())[:MOST_EXPERTS]
+    )
+    more = f" and {len(off) - MOST_EXPERTS} more experts" if len(off) > MOST_EXPERTS else ""
+    return [f"Weight seen over weight due, the median where it is off by more than {OFF:.0%}: {named}{more}."]
 
 
 def _token(one: TokenWeights) -> tuple[str, ...]:
