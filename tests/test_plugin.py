@@ -274,12 +274,14 @@ def test_what_a_status_becomes(
 ) -> None:
     monkeypatch.setattr(items, "again", lambda item: "pytest ...")
     stub: Any = SimpleNamespace()
-    result = Result(status, "said why", "moeref verify ...")
+    result = Result(status, "said why; --timeout sets the limit", "moeref verify ...")
     if outcome is None:
         items.conclude(result, stub, gpu_required)
         return
     with pytest.raises(outcome, match="said why") as caught:
         items.conclude(result, stub, gpu_required)
+    if status == "ERROR":
+        assert "--moe-timeout sets the limit" in str(caught.value)  # as the option is called here
     assert ("repeat: moeref verify ..." in str(caught.value)) == (outcome is pytest.fail.Exception)
 
 

@@ -54,7 +54,7 @@ def conclude(result: Result, item: pytest.Item, gpu_required: bool) -> None:
         return
     if result.status == INCONCLUSIVE or (result.status == UNSUPPORTED and not gpu_required):
         raise pytest.skip.Exception(result.text, _use_item_location=True)
-    lines = [result.text]
+    lines = [result.text.replace("--timeout sets", "--moe-timeout sets")]
     if result.status == UNSUPPORTED:
         lines = [f"UNSUPPORTED, a failure under --require-gpu: {result.text}"]
     if result.repeat:
