@@ -154,6 +154,19 @@ def test_rows_from_elsewhere_are_explained_by_no_weights() -> None:
     assert sum(one.z_left > 0.3 * one.z for one in kept.tokens) > 0.9 * len(kept.tokens)
 
 
+@pytest.mark.filterwarnings("error")
+def test_weights_that_the_output_does_not_determine_are_not_made_up() -> None:
+    row = numpy.linspace(1.0, 2.0, 128)
+    spread = numpy.ones(128)
+    one, other, zero = row, row[::-1].copy(), numpy.zeros(128)
+    seen, _, left = module._solve(numpy.stack([one, zero, other]), 0.5 * one + 0.25 * other, row, spread)
+    assert seen[0] == pytest.approx(0.5) and math.isnan(seen[1]) and seen[2] == pytest.approx(0.25) and left < 1e-9
+    seen, _, left = module._solve(numpy.stack([one, 2 * one]), 0.5 * one, row, spread)
+    assert all(math.isnan(weight) for weight in seen) and left < 1e-9
+    seen, z, left = module._solve(one[None], zero, zero, zero)  # nothing is expected to deviate, and nothing does
+    assert math.isnan(seen[0]) and z == left == 0.0
+
+
 @pytest.mark.parametrize("name", ["small-t7-o8-no_local_work-model_like-s0", "small-t0-o8-iid-model_like-s0"])
 def test_nothing_active_is_nothing_to_draw(name: str) -> None:
     kept = looked_at(problem(name)[1].output, name, "auto")

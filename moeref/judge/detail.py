@@ -44,7 +44,7 @@ class TokenWeights:
     token: int
     experts: tuple[int, ...]  # global ids
     due: tuple[float, ...]  # topk_weights of the reference
-    seen: tuple[float, ...]  # coefficients; NaN for a row that is not finite
+    seen: tuple[float, ...]  # coefficients; NaN where the row does not determine them
     z: float  # root mean square z of the row as it is
     z_left: float  # the same after the best coefficients; at most z
 
@@ -169,16 +169,21 @@ def _tokens(output: torch.Tensor, known: Known, noise: Noise, fit: Fit) -> tuple
 
 
 def _solve(results: Array, row: Array, reference: Array, deviation: Array) -> tuple[tuple[float, ...], float, float]:
-    """(coefficients, root mean square z before, after). results: [k, H]; the others [H]."""
+    """(coefficients, root mean square z before, after). results: [k, H]; the others [H]. Coefficients that the data do
+    not determine, of results that are zero or multiples of each other, are NaN."""
     nothing = (math.nan,) * len(results)
-    if not numpy.isfinite(row).all():
-        return nothing, math.inf, math.inf
     usable = deviation > 0
-    if bool((row[~usable] != reference[~usable]).any()):
+    if not numpy.isfinite(row).all() or bool((row[~usable] != reference[~usable]).any()):
         return nothing, math.inf, math.inf
+    if not usable.any():
+        return nothing, 0.0, 0.0
     matrix, target = (results[:, usable] / deviation[usable]).T, row[usable] / deviation[usable]
-    coefficients = numpy.linalg.lstsq(matrix, target, rcond=None)[0]
+    shown = matrix.any(0)  # [k]
+    coefficients = numpy.full(len(results), math.nan)
+    found, _, rank, _ = numpy.linalg.lstsq(matrix[:, shown], target, rcond=None)
     before = (row - reference)[usable] / deviation[usable]
-    left = target - matrix @ coefficients
+    left = target - matrix[:, shown] @ found
+    if rank == shown.sum():
+        coefficients[shown] = found
     mean = math.sqrt(float((before**2).mean())), math.sqrt(float((left**2).mean()))
     return tuple(coefficients.tolist()), mean[0], min(mean)

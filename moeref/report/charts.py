@@ -147,11 +147,10 @@ def histogram(detail: Detail, name: str) -> str:
 
 
 def weights(tokens: Sequence[TokenWeights], name: str) -> str:
-    """Routing weights that the output shows, against those due: right ones lie on the diagonal."""
+    """Routing weights that the output shows, all finite, against those due: right ones lie on the diagonal."""
     with _drawing(3.0) as (figure, axes):
-        finite = [token for token in tokens if math.isfinite(token.z)]
-        due = numpy.array([one for token in finite for one in token.due])
-        seen = numpy.array([one for token in finite for one in token.seen])
+        due = numpy.array([one for token in tokens for one in token.due])
+        seen = numpy.array([one for token in tokens for one in token.seen])
         low, high = float(due.min(initial=math.inf)), max(float(due.max(initial=0)), 1e-30)
         room = max(0.08 * (high - low), 0.02 * high)
         low, high = low - room, high + room

@@ -287,7 +287,7 @@ def _ratios(tokens: Sequence[TokenWeights]) -> list[str]:
     seen: dict[int, list[float]] = {}
     for one in tokens:
         for expert, due, found in zip(one.experts, one.due, one.seen, strict=True):
-            if due:
+            if due and math.isfinite(found):
                 seen.setdefault(expert, []).append(found / due)
     middle = {expert: median(ratios) for expert, ratios in sorted(seen.items())}
     off = {expert: ratio for expert, ratio in middle.items() if abs(ratio - 1) > OFF}

@@ -36,7 +36,7 @@ def pictures_of(kept: Detail, anchor: str) -> tuple[Picture, ...]:
         pictures.append(_histogram(kept, anchor))
     if kept.expert_z:
         pictures.append(_experts(kept, anchor))
-    if any(math.isfinite(token.z) for token in kept.tokens):
+    if any(all(math.isfinite(seen) for seen in token.seen) for token in kept.tokens):
         pictures.append(_weights(kept, anchor))
     return tuple(pictures)
 
@@ -101,7 +101,7 @@ MOST_POINTS = 300
 
 
 def _weights(kept: Detail, anchor: str) -> Picture:
-    finite = [token for token in kept.tokens if math.isfinite(token.z)]
+    finite = [token for token in kept.tokens if all(math.isfinite(seen) for seen in token.seen)]
     room = MOST_POINTS // max(len(token.due) for token in finite)
     shown = finite[: max(1, room)]
     off = max(abs(seen - due) for token in shown for due, seen in zip(token.due, token.seen, strict=True))
