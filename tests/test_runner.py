@@ -19,6 +19,7 @@ from moe_fast.backends import backends
 from moeref.inputs import Inputs
 from moeref.interop import observe
 from moeref.interop.candidates import CandidateError
+from moeref.interop.child import TAIL_LINES
 from moeref.interop.runner import CandidateRun, Runner
 from moeref.interop.shared_inputs import OutputWriter, Place, SharedFile, SharedInputs, open_shared, written_to
 from moeref.make import make_inputs
@@ -262,14 +263,14 @@ def test_what_only_a_process_can_survive(case: Case, function: str) -> None:
     assert time.monotonic() - start < 10
     if function == "segfaults":
         assert "Segmentation fault" in run.traceback and "in segfaults" in run.traceback  # faulthandler's
-    assert len(run.printed.splitlines()) <= 20
+    assert len(run.printed.splitlines()) <= TAIL_LINES
 
 
 def test_prints_stay_off_the_results_and_the_last_lines_are_kept(case: Case) -> None:
     run = case.there("prints")
     assert run.message.startswith("call 1: raised RuntimeError: after printing")
     lines = run.printed.splitlines()
-    assert len(lines) == 20 and lines[-2:] == ["line 199999", "to stderr"] and run.printed in run.traceback
+    assert len(lines) == TAIL_LINES and lines[-2:] == ["line 199999", "to stderr"] and run.printed in run.traceback
 
 
 @pytest.mark.parametrize("function", ["threads", "closes", "wrong_shape"])

@@ -12,8 +12,8 @@ import sys
 import time
 from typing import Any
 
-TAIL_LINES = 20
-"""Lines of what a candidate printed last that a failure carries."""
+TAIL_LINES = 40
+"""Lines of what a candidate printed last that a failure carries: a crash's dump of two threads is 25."""
 
 TAIL_BYTES = 1 << 16
 
