@@ -279,7 +279,8 @@ def _token_notes(kept: Detail) -> tuple[str, ...]:
         reading += "there, wrong weights or a factor on a whole expert's result would explain it; elsewhere not."
     else:
         reading += "the error is not one of routing weights alone."
-    return (active, reading, *_ratios(cured))
+    mostly = 2 * len(cured) > len(bad)  # else a few rows fit by chance, and factors would mislead
+    return (active, reading, *(_ratios(cured) if mostly else ()))
 
 
 def _ratios(tokens: Sequence[TokenWeights]) -> list[str]:
