@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from moeref.diagnose.explain.case import ASKED, Case, Library
 from moeref.diagnose.explain.choice import judge_routing, read_routing_weights
-from moeref.diagnose.explain.geometry import Fact, error_geometry
+from moeref.diagnose.explain.geometry import INSIDE, Fact, error_geometry
 from moeref.diagnose.explain.hypotheses import Hypotheses
 from moeref.diagnose.explain.inside import PROBLEM, look_inside
 from moeref.diagnose.explain.panel import (
@@ -50,7 +50,6 @@ CHECK_STAGES = {
     "no_alias": ("output", "state"),
     "own_result": ("state", "output"),
     "written": ("output",),
-    "repeat": ("state", "state", "combine"),
     "idle_rows": ("output", "offset"),
 }
 """Stages that a failed check of the judge points to by itself."""
@@ -295,14 +294,18 @@ class _Explainer:
         if good:
             self.ruled_out.append(f"laws and read-outs that hold: {', '.join(good)}")
         partial = partial_matches(search.answers, search.hypotheses, wrong[:2], recipe)
-        facts = list(self.geometry)
-        for k in wrong[:3]:
-            for check in verdicts[k].checks:
-                if not check.passed and check.name in CHECK_STAGES:
-                    facts.append(Fact(check.detail, CHECK_STAGES[check.name]))
+        failed = {c.name: c for k in wrong for c in verdicts[k].checks if not c.passed and c.name in CHECK_STAGES}
+        told = {one.text for one in self.geometry}
+        facts = [
+            *self.geometry,
+            *(Fact(c.detail, CHECK_STAGES[c.name]) for c in failed.values() if c.detail not in told),
+        ]
         problem = self._problem_of(wrong) or self.asked.name
-        decisive = self._stages() or self._decisive()
+        unsteady = self._unsteady(verdicts)
+        decisive = unsteady or self._stages() or self._decisive()
         self.facts += [one.text for one in decisive]
+        if unsteady:  # what was read out of such a candidate says little
+            partial, findings = [], []
         ranked = stage_votes(partial, findings, facts, decisive)
         return tuple(self._suspect(stage, reason, problem) for stage, _, reason in ranked[:MOST_SUSPECTS])
 
@@ -318,6 +321,11 @@ class _Explainer:
                 return found[:1]
         return []
 
+    def _unsteady(self, verdicts: Sequence[Verdict]) -> list[Fact]:
+        """Two calls with the same inputs that differ: something is left behind by the first."""
+        found = [(v.problem, c.detail) for v in verdicts for c in v.checks if c.name == "repeat" and not c.passed]
+        return [Fact(f"{found[0][0]}: {found[0][1]}", ("state", "state", "combine"))] if found else []
+
     def _decisive(self) -> list[Fact]:
         """What the routing matrix and gemm2's inverted weights say."""
         if self.at_home:
@@ -326,7 +334,8 @@ class _Explainer:
         self.case.say("the routing matrix, and what gemm2 was fed")
         found = []
         read = read_routing_weights(self.call, Problem.parse(regrouped(DIAGNOSIS[0], like)), self.case.device)
-        if read is not None and (fact := judge_routing(read)):
+        outside = not any(one.text.endswith(INSIDE) for one in self.geometry)
+        if outside and read is not None and (fact := judge_routing(read)):
             found.append(fact)
         prepared = Prepared((Step(regrouped(PROBLEM, like)),), self.case.device)
         rows = ask(self.subject, prepared, 0).rows

@@ -212,13 +212,16 @@ def _shift(found: Mixture, trace: Trace, inputs: Inputs, rows: Tensor, dense: Te
     return 0
 
 
+INSIDE = "the fault lies inside of the experts"
+
+
 def read_mixture(found: Mixture, rows: Tensor, dense: Tensor) -> Iterator[Fact]:
     """What the weights in effect say of these wrong rows [T] bool."""
     there = (dense != 0).any(2)  # experts whose result is zero have no weight that could be read
     inside = rows & (found.residual > SCALED)
     count, bad = int(rows.sum()), int(inside.sum())
     if 2 * bad > count:
-        text = f"{bad} of {count} wrong rows are no sum of right experts' results: the fault lies inside of the experts"
+        text = f"{bad} of {count} wrong rows are no sum of right experts' results: {INSIDE}"
         yield Fact(text, ("gemm1_scale", "gemm2_scale", "gemm1", "gemm2", "activation_scale", "requantize", "swiglu"))
         return
     outside = rows & ~inside

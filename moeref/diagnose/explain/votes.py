@@ -83,10 +83,12 @@ def stage_votes(
         if weight > 0 and weight > reasons.get(stage, (0.0, ""))[0]:
             reasons[stage] = (weight, reason)
 
+    decisive = list(decisive)
+    like = LIKE / 2 if decisive else LIKE  # a row that is lost looks like many things
     for stage in STAGES:
         best = next((one for one in partial if FAULTS[one.name].stage == stage), None)
         if best is not None and best.share > LEAST:
-            vote(stage, LIKE * best.share, describe(best))
+            vote(stage, like * best.share, describe(best))
     for kind, weight, suspects in (
         *((f"{one.name}: {one.detail}", _weight(one), one.suspects) for one in findings if one.passed is False),
         *((one.text, SHOWN, one.stages) for one in facts),
