@@ -78,20 +78,20 @@ def place_rows() -> None:
 
 
 def swiglu_quantize() -> None:
-    """Several blocks a program, a width that ends inside one, a block of zeros, padding left alone."""
-    for rows, intermediate in ((3, 128), (5, 1152)):
+    """Several blocks a program, a width that ends inside one, a block of zeros, padding left alone, either order."""
+    for rows, intermediate, gate_first in ((3, 128, False), (5, 1152, False), (5, 256, True)):
         both = torch.randn(rows, 2 * intermediate).bfloat16()
         both[0, :128] = 0
-        owner = torch.tensor([0, -1, 3, 0, -1][:rows], dtype=torch.int32)
+        owner = None if gate_first else torch.tensor([0, -1, 3, 0, -1][:rows], dtype=torch.int32)
         got = [poison(rows, intermediate, dtype=FP8), poison(rows, intermediate // 128)]
         want = [each.clone() for each in got]
-        steps.swiglu_quantize(both, owner, *got)
-        steps.swiglu_quantize_torch(both, owner, *want)
-        real = owner >= 0
+        steps.swiglu_quantize(both, owner, *got, gate_first)
+        steps.swiglu_quantize_torch(both, owner, *want, gate_first)
+        real = torch.ones(rows, dtype=torch.bool) if owner is None else owner >= 0
         near(got[1][real], want[1][real], ACCUMULATION)
         values = [q[real].float() * s[real].repeat_interleave(128, 1) for q, s in (got, want)]
         near(values[0], values[1], E4M3_SLACK)
-        up, gate = both[real].float().chunk(2, 1)
+        up, gate = both[real].float().chunk(2, 1)[:: -1 if gate_first else 1]
         near(values[1], torch.nn.functional.silu(gate) * up, E4M3_SLACK)
         assert float(want[1][0, 0]) == float(got[1][0, 0]) == 1.0
         assert bool(got[1][~real].isnan().all()) and bool((got[0][~real].view(torch.uint8) == 0x7F).all())

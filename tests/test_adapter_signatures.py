@@ -63,6 +63,7 @@ UNCALLED = {
     ("flashinfer_trtllm_no_pdl", "autotune"), ("deep_gemm", "masked"), ("deep_gemm_masked", "contiguous"),
     ("sglang_blockwise", "sgl_per_token_group_quant_8bit"), ("sglang_blockwise_swap", "sgl_per_token_group_quant_8bit"),
     ("sglang_blockwise_improved", "silu_and_mul"),
+    ("sglang_blockwise_improved", "sgl_per_token_group_quant_8bit"),
 }  # fmt: skip
 """Functions that a variant does not call."""
 

@@ -47,7 +47,7 @@ KERNELS: dict[str, tuple[Any, Mapping[str, str], dict[str, Any], int, bool]] = {
     "swiglu_quantize": (
         steps.swiglu_quantize_kernel,
         {"gemm1_out": BF16, "row_expert": I32, "quantized": FP8, "scale": F32},
-        {"I": 2048, "BLOCKS": 8},
+        {"I": 2048, "BLOCKS": 8, "GATE_FIRST": False},
         4,
         False,
     ),

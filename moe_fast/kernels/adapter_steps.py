@@ -3,7 +3,7 @@
 dequantize        e4m3 activations with 1x128 scales -> bfloat16, for libraries that quantise them again themselves
 localize          global expert ids and weights -> this rank's ids; what is not local gets an id of its own, weight 0
 place_rows        every local token-expert pair's row, copied to where a grouped GEMM wants it
-swiglu_quantize   gemm1's [up | gate] in bfloat16 -> e4m3 with 1x128 scales
+swiglu_quantize   gemm1's halves in bfloat16 -> e4m3 with 1x128 scales
 Axes: T tokens, K top_k, L local experts, H hidden, I intermediate, R rows of the grouped GEMM, padding included.
 """
 
@@ -198,21 +198,26 @@ def place_rows_torch(
 
 @triton.jit
 def swiglu_quantize_kernel(
-    gemm1_out,  # [R, 2I] bfloat16, [up | gate]
-    row_expert,  # [R] int32, -1 where a row is padding
+    gemm1_out,  # [R, 2I] bfloat16, [up | gate], or [gate | up] with GATE_FIRST
+    row_expert,  # [R] int32, -1 where a row is padding; or None: no row is
     quantized,  # [R, I] e4m3
     scale,  # [R, I/128] float32
     I: tl.constexpr,  # noqa: E741
     BLOCKS: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    if tl.load(row_expert + row) >= 0:
+    real = True
+    if row_expert is not None:
+        real = tl.load(row_expert + row) >= 0
+    if real:
         block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
         inside = block < I // 128
         column = block[:, None] * 128 + tl.arange(0, 128)[None, :]  # [BLOCKS, 128]
-        up = tl.load(gemm1_out + row * (2 * I) + column, mask=inside[:, None], other=0.0).to(tl.float32)
-        gate = tl.load(gemm1_out + row * (2 * I) + I + column, mask=inside[:, None], other=0.0).to(tl.float32)
-        value = gate / (1.0 + tl.exp(-gate)) * up
+        first = tl.load(gemm1_out + row * (2 * I) + column, mask=inside[:, None], other=0.0).to(tl.float32)
+        second = tl.load(gemm1_out + row * (2 * I) + I + column, mask=inside[:, None], other=0.0).to(tl.float32)
+        gate = first if GATE_FIRST else second
+        value = gate / (1.0 + tl.exp(-gate)) * (second if GATE_FIRST else first)
         largest = tl.max(tl.abs(value), axis=1) / FP8_MAX
         largest = tl.where(largest > 0.0, largest, 1.0)  # [BLOCKS]
         value = tl.minimum(tl.maximum(value / largest[:, None], -FP8_MAX), FP8_MAX)
@@ -221,25 +226,35 @@ def swiglu_quantize_kernel(
 
 
 def swiglu_quantize(
-    gemm1_out: torch.Tensor, row_expert: torch.Tensor, quantized: torch.Tensor, scale: torch.Tensor
+    gemm1_out: torch.Tensor,
+    row_expert: torch.Tensor | None,
+    quantized: torch.Tensor,
+    scale: torch.Tensor,
+    gate_first: bool = False,
 ) -> None:
     """quantized [R, I] e4m3 and scale [R, I/128] of silu(gate) * up; rows with row_expert -1 are left alone.
 
-    gemm1_out [R, 2I] bfloat16, [up | gate]; computed in float32. A block of zeros has scale 1.
+    gemm1_out [R, 2I] bfloat16, [up | gate] or, with gate_first, [gate | up]; computed in float32. A block of zeros has
+    scale 1. row_expert None: every row is computed.
     """
     rows, intermediate = quantized.shape
     blocks = min(8, triton.next_power_of_2(intermediate // 128))
     swiglu_quantize_kernel[(rows, triton.cdiv(intermediate // 128, blocks))](
-        gemm1_out, row_expert, quantized, scale, I=intermediate, BLOCKS=blocks, num_warps=4
+        gemm1_out, row_expert, quantized, scale, I=intermediate, BLOCKS=blocks, GATE_FIRST=gate_first, num_warps=4
     )
 
 
 def swiglu_quantize_torch(
-    gemm1_out: torch.Tensor, row_expert: torch.Tensor, quantized: torch.Tensor, scale: torch.Tensor
+    gemm1_out: torch.Tensor,
+    row_expert: torch.Tensor | None,
+    quantized: torch.Tensor,
+    scale: torch.Tensor,
+    gate_first: bool = False,
 ) -> None:
     """Twin of `swiglu_quantize`."""
-    real = row_expert >= 0
-    up, gate = gemm1_out[real].float().chunk(2, dim=1)
+    real = row_expert >= 0 if row_expert is not None else torch.ones(len(scale), dtype=torch.bool, device=scale.device)
+    first, second = gemm1_out[real].float().chunk(2, dim=1)
+    gate, up = (first, second) if gate_first else (second, first)
     blocks = (torch.nn.functional.silu(gate) * up).unflatten(1, (-1, 128))
     largest = blocks.abs().amax(dim=2) / 448.0
     largest = torch.where(largest > 0, largest, torch.ones_like(largest))
