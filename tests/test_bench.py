@@ -53,6 +53,15 @@ def kept(*ten, n_group, topk_group, top_k):
             return KEPT.setdefault(len(KEPT), KEPT.pop(where))
     return KEPT[where].clone()
 
+CALLS = []
+def refuses(*ten, n_group, topk_group, top_k):
+    "Some of these values only, after the judge's calls, which the first set of inputs gets."
+    CALLS.append(1)
+    if len(CALLS) > 2 and ten[8] == 8:
+        from moeref.interop.candidates import Unsupported
+        raise Unsupported("offset 8 is not a multiple of 16")
+    return right(*ten, n_group=n_group, topk_group=topk_group, top_k=top_k)
+
 def dies(*ten, n_group, topk_group, top_k):
     import os
     KEPT[len(KEPT)] = 1
@@ -62,12 +71,18 @@ def dies(*ten, n_group, topk_group, top_k):
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Row]:
-    """One run of five candidates on one problem, by their names."""
+def candidate_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The functions of FILE."""
     file = tmp_path_factory.mktemp("bench") / "mine.py"
     folder = Path(__file__).parent / "wrong"
     file.write_text(f"import sys\nsys.path.append({str(folder)!r})\n{FILE}")
-    names = [f"{file}:{name}" for name in ("right", "wrong", "kept", "dies")]
+    return file
+
+
+@pytest.fixture(scope="module")
+def rows(candidate_file: Path) -> dict[str, Row]:
+    """One run of six candidates on one problem, by their names."""
+    names = [f"{candidate_file}:{name}" for name in ("right", "wrong", "kept", "refuses", "dies")]
     options = Options(repeat=4, rotations=2, caches=(COLD, WARM), timeout=60)
     with Bench([*names, "hopper_triton"], options) as running:
         found = running.run("one", Problem.parse(ONE), CEILINGS)
@@ -98,6 +113,7 @@ def test_a_passing_row_holds_every_figure(rows: dict[str, Row]) -> None:
         ("wrong", "FAIL", "noise_rows"),
         ("kept", "FAIL", r"call \d+ \(eager, \w+\): \d+ of 16 rows lie further than"),
         ("dies", "ERROR", "exit code 3"),
+        ("refuses", "UNSUPPORTED", "^offset 8 is not a multiple of 16$"),
         ("hopper_triton", "UNSUPPORTED", "needs a Hopper GPU"),
     ],
 )
@@ -106,8 +122,18 @@ def test_without_a_pass_there_is_no_speed(rows: dict[str, Row], name: str, statu
     assert row.status == status and re.search(message, row.message), row.message
     assert not row.latencies and not row.primary
     assert row.seconds is row.speedup is row.gbps is row.tflops is row.times_floor is row.ratio is row.worst_row is None
-    command = "bench" if name in ("kept", "dies") else "verify"  # verify can't show what only repeated calls do
+    command = (
+        "bench" if name in ("kept", "refuses", "dies") else "verify"
+    )  # verify can't show what only repeated calls do
     assert row.repeat.startswith(f"moeref {command} ") and f"--problem {ONE}" in row.repeat
+
+
+def test_a_problem_that_is_refused_in_a_call_leaves_the_next_one_its_turn(candidate_file: Path) -> None:
+    problems = [ONE, ONE.replace("-o8-", "-o0-")]
+    with Bench([f"{candidate_file}:refuses"], Options(repeat=3, rotations=2)) as running:
+        told = [running.run("", Problem.parse(name), CEILINGS)[0] for name in problems]
+    assert [row.status for row in told] == ["UNSUPPORTED", "PASS"] and told[1].seconds is not None
+    assert not running.tracebacks
 
 
 def test_nothing_to_test_is_not_timed() -> None:

@@ -17,16 +17,18 @@ from moeref.interop.child import Child, Died, TimedOut
 from moeref.interop.observe import CandidateRun
 from moeref.interop.shared_inputs import Description, Place, SharedFile
 from moeref.judge.checks import POISONS
+from moeref.judge.verdict import ERROR
 
 WORKER = "moeref.bench.worker"
 
 
 class LaneFailed(Exception):
-    """The candidate raised, hung, died, or (`wrong`) gave an output that is not that of its inputs."""
+    """The candidate raised, hung or died (ERROR), gave an output that is not that of its inputs (FAIL), or raised
+    moeref.interop.candidates.Unsupported (UNSUPPORTED): the problem's status."""
 
-    def __init__(self, message: str, wrong: bool = False, traceback: str = "") -> None:
+    def __init__(self, message: str, status: str = ERROR, traceback: str = "") -> None:
         super().__init__(message)
-        self.wrong = wrong
+        self.status = status
         self.traceback = traceback
 
 
@@ -170,7 +172,7 @@ class Lane:
             while True:
                 reply = self._child.receive(wait)
                 if reply["event"] == "failed":
-                    raise LaneFailed(reply["message"], reply["wrong"], reply["traceback"])
+                    raise LaneFailed(reply["message"], reply["status"], reply["traceback"])
                 if reply["event"] == "done":
                     return reply
         except (Died, TimedOut) as error:

@@ -22,7 +22,7 @@ from moeref.bench.stopwatch import COLD, EAGER, GRAPH, WARM
 from moeref.inputs import Inputs
 from moeref.interop.observe import CandidateRun
 from moeref.interop.shared_inputs import Description, Place, SharedInputs
-from moeref.judge.verdict import AUTO, ERROR, FAIL, PASS, UNSUPPORTED, Known, judge
+from moeref.judge.verdict import AUTO, ERROR, PASS, UNSUPPORTED, Known, judge
 from moeref.reference import Trace, permute, route
 from moeref.routings import CAPTURED, draw_routing
 from moeref.spec import Problem, Recipe, SpecError
@@ -108,7 +108,7 @@ class Entry:
         try:
             step(*arguments)
         except LaneFailed as error:
-            self.end(FAIL if error.wrong else ERROR, str(error), error.traceback)
+            self.end(error.status, str(error), error.traceback)
         return self.status == PASS
 
 

@@ -8,7 +8,7 @@ expect {rotation, place, limit} -> what outputs are held to
 warm_up, capture, close
 measure {mode, cache, calls, warm_ups} -> samples
 
-Each is answered by {"event": "done", ...}; what the candidate raises by {"event": "failed", "wrong", "message",
+Each is answered by {"event": "done", ...}; what the candidate raises by {"event": "failed", "status", "message",
 "traceback"}; a {"event": "beat"} tells in between that it is not hanging.
 """
 
@@ -28,10 +28,11 @@ from moeref.bench.rotation import ROTATED
 from moeref.bench.session import Session, WrongOutput
 from moeref.bench.stopwatch import Stopwatch, stopwatch_for
 from moeref.inputs import TENSOR_FIELDS
-from moeref.interop.candidates import Candidate
+from moeref.interop.candidates import Candidate, Unsupported
 from moeref.interop.observe import CandidateRun, failed
 from moeref.interop.shared_inputs import Description, OutputWriter, Place, open_shared
 from moeref.interop.worker import Reply, channel, load_candidate, run_candidate
+from moeref.judge.verdict import ERROR, FAIL, UNSUPPORTED
 from moeref.spec import Geometry
 
 
@@ -61,10 +62,12 @@ def main(command_fd: int, reply_fd: int) -> None:
         except KeyboardInterrupt:
             raise
         except WrongOutput as error:
-            reply("failed", wrong=True, message=str(error), traceback="")
+            reply("failed", status=FAIL, message=str(error), traceback="")
+        except Unsupported as error:
+            reply("failed", status=UNSUPPORTED, message=str(error), traceback="")
         except BaseException as error:
             told = failed(error, "timing it", CandidateRun())
-            reply("failed", wrong=False, message=told.message, traceback=traceback.format_exc())
+            reply("failed", status=ERROR, message=told.message, traceback=traceback.format_exc())
 
 
 class Service:
