@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,19 @@ def test_show_and_backends() -> None:
     assert "bytes of workspace" in done.stdout and "hopper_cuda 118,680,228" in done.stdout
     done = moeref("backends")
     assert done.returncode == 0 and "torch_grouped" in done.stdout and "ready" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["backends"], ["show", "1a4c"], ["verify", "torch_grouped", "--problem", ONE]]
+)
+def test_a_reader_that_goes_away_ends_the_command_in_silence(words: list[str]) -> None:
+    """As `moeref ... | head` does. What was cut off has not passed: exit code 1, as click's."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "moeref", *words]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_help_needs_no_torch() -> None:
