@@ -36,9 +36,7 @@ class reported:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is None or self.debug or isinstance(error, typer.Exit | SystemExit):
             return
-        if isinstance(
-            error, BrokenPipeError
-        ):  # `moeref ... | head` has read enough: typer ends in silence, exit code 1
+        if isinstance(error, BrokenPipeError):  # `| head` has read enough: typer ends in silence with exit code 1
             return
         if isinstance(error, KeyboardInterrupt):
             typer.echo("interrupted", err=True)
