@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from types import ModuleType
 
 import torch
 
 from moe_fast.backends import Backend, hopper_cuda, hopper_few_tokens, hopper_triton
+from moe_fast.tuning.table import saved
 from moeref.spec import Geometry
 
 FEW_TOKENS = 8
@@ -35,9 +37,9 @@ def run(
 ) -> torch.Tensor:
     """The ten inputs -> output [T, H] bfloat16, written into `out` when given. The inputs are taken as checked."""
     tokens, device = hidden_states.shape[0], hidden_states.device
-    chosen = hopper_triton if tokens <= TRITON_TOKENS else hopper_cuda
-    if tokens <= FEW_TOKENS and few_fit(routing_bias.shape[0], *gemm2_weights.shape, top_k, device):
-        chosen = hopper_few_tokens
+    sizes = (routing_bias.shape[0], *gemm2_weights.shape, top_k)
+    tuned = saved(tokens, device, *sizes, n_group, topk_group)
+    chosen = BY_NAME[tuned.pipeline] if tuned is not None else shipped(tokens, device, *sizes)
     return chosen.run(
         routing_logits,
         routing_bias,
@@ -54,6 +56,18 @@ def run(
         topk_group=topk_group,
         top_k=top_k,
     )
+
+
+BY_NAME = {"hopper_few_tokens": hopper_few_tokens, "hopper_triton": hopper_triton, "hopper_cuda": hopper_cuda}
+
+
+def shipped(
+    tokens: int, device: torch.device, experts: int, local: int, hidden: int, inter: int, top_k: int
+) -> ModuleType:
+    """The pipeline of a call of so many tokens where no table of moe_fast.tune() says otherwise."""
+    if tokens <= FEW_TOKENS and few_fit(experts, local, hidden, inter, top_k, device):
+        return hopper_few_tokens
+    return hopper_triton if tokens <= TRITON_TOKENS else hopper_cuda
 
 
 @functools.cache

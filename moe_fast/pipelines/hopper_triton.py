@@ -19,6 +19,7 @@ from moe_fast.kernels.experts import Tiling, experts, num_counters
 from moe_fast.kernels.permute import CHUNK, permute
 from moe_fast.kernels.routing import route
 from moe_fast.target import target_of
+from moe_fast.tuning.table import saved
 
 RECIPE = "requant"
 TOKENS_AT_ONCE = 1024
@@ -35,7 +36,7 @@ TILINGS: tuple[tuple[int, Tiling], ...] = (
 
 
 def choose_tiling(tokens: int) -> Tiling:
-    """The tiling for a slice of `tokens` tokens."""
+    """The shipped tiling for a slice of `tokens` tokens: where no table of moe_fast.tune() says otherwise."""
     return next((tiling for limit, tiling in TILINGS if tokens <= limit), TILINGS[-1][1])
 
 
@@ -145,10 +146,12 @@ def run(
     if out is None:
         out = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=hidden_states.device)
     local, intermediate = gemm2_weights.shape[0], gemm2_weights.shape[2]
+    sizes = (routing_bias.shape[0], local, hidden, intermediate, top_k, n_group, topk_group)
     for start in range(0, tokens, tokens_at_once):
         part = slice(start, min(start + tokens_at_once, tokens))
         count = part.stop - part.start
-        cut = tiling or choose_tiling(count)
+        tuned = saved(count, hidden_states.device, *sizes) if tiling is None else None
+        cut = tiling or (tuned and tuned.tiling) or choose_tiling(count)
         shape = Shape(count, local, top_k, hidden, intermediate)
         _run_slice(
             routing_logits[part],
