@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from moe_fast.backends import Backend, by_name, pick
+from moe_fast.tuning import tune
 from moeref.inputs import FIELDS, InputError, find_problems
 from moeref.spec import Geometry, SpecError
 
-__all__ = ["RoutingConstants", "moe", "routing_constants"]
+__all__ = ["RoutingConstants", "moe", "routing_constants", "tune"]
 
 
 @dataclass(frozen=True)
