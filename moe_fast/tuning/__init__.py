@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,9 +22,6 @@ from moe_fast.tuning.search import Count, Runner, Task, search
 from moe_fast.tuning.table import Entry, Key, forget
 from moe_fast.tuning.table import save as save_table
 from moeref.spec import PRESETS, Geometry
-
-if TYPE_CHECKING:
-    from moe_fast.tuning.runner import GpuRunner
 
 __all__ = ["TOKENS", "Tuned", "forget", "tune"]
 
@@ -91,10 +87,7 @@ def tune(
     with torch.cuda.device(chosen):
         runner = GpuRunner(geometry, chosen, local_expert_offset, seed)
         tasks = [task_for(count, geometry, chosen) for count in counts]
-        try:
-            found = run_tasks(tasks, runner, progress)
-        finally:
-            _release(runner)
+        found = run_tasks(tasks, runner, progress)
     result = Tuned(target_of(chosen).name, geometry, found)
     return keep(result, Key.of(target_of(chosen), geometry)) if save else result
 
@@ -140,16 +133,6 @@ def _device(geometry: Geometry, device: torch.device | str | None) -> torch.devi
     if reason is not None:
         raise RuntimeError(f"moe_fast.tune() can't time {geometry.name} on {chosen}: {reason}")
     return chosen
-
-
-def _release(runner: GpuRunner) -> None:
-    """Give back what tuning has kept: calls make their workspaces anew."""
-    from moe_fast.pipelines import hopper_cuda, hopper_few_tokens, hopper_triton
-
-    runner.close()
-    for pipeline in (hopper_triton, hopper_cuda, hopper_few_tokens):
-        pipeline.release_workspaces()
-    torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from moe_fast.tuning.search import TRITON, Discard, Drawn, Variant
+from moe_fast.tuning.table import PIPELINES
 from moeref.bench.device_tools import Captured, capture
 from moeref.bench.stopwatch import GRAPH, CudaStopwatch, Stopwatch
 from moeref.inputs import FP8, Inputs
@@ -99,10 +100,18 @@ class GpuRunner:
         self._stopwatch = stopwatch or CudaStopwatch(device)
         self._generator = torch.Generator(device=device).manual_seed(seed)
         self._weights = make_weights(geometry, device, self._generator)
-        self.close()
+        self._forget()
 
     def close(self) -> None:
-        """Forget the inputs, what was judged, and the graphs."""
+        """Forget the inputs, what was judged, the graphs, and every workspace that the pipelines keep: a capture makes
+        one for its own stream, and calls make theirs anew."""
+        self._forget()
+        if self.device.type == "cuda":
+            for pipeline in PIPELINES:
+                importlib.import_module(f"moe_fast.pipelines.{pipeline}").release_workspaces()
+            torch.cuda.empty_cache()
+
+    def _forget(self) -> None:
         self._inputs: Inputs | None = None
         self._known: Known | None = None
         self._name = ""
