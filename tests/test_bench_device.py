@@ -12,6 +12,8 @@ import torch
 
 from moeref.bench import device_tools
 from moeref.bench.stopwatch import EAGER, GRAPH, CudaStopwatch, Flush
+from moeref.bench.worker import Service
+from moeref.interop.candidates import Candidate
 
 
 def test_the_candidates_memory_is_told_from_ours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,6 +25,27 @@ def test_the_candidates_memory_is_told_from_ours(monkeypatch: pytest.MonkeyPatch
     memory = device_tools.Memory(torch.device("cpu"))
     assert memory.own(lambda: "inputs") == "inputs"
     assert memory.peak_of(lambda: None) == 850  # 100 kept from before, 750 in this call
+
+
+@pytest.mark.parametrize(("releases", "bytes_"), [(True, 700), (False, 1700)])
+def test_a_call_that_gives_back_what_it_kept_is_told_its_own_workspace(
+    releases: bool, bytes_: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A candidate that keeps 1000 bytes of an earlier problem, and 700 of each call."""
+    kept = {"earlier": 1000, "this": 700}
+    service = Service.__new__(Service)
+    candidate = Candidate("mine", lambda *ten, out: None, release=kept.clear if releases else None)
+    slot = SimpleNamespace(eager=lambda: kept.update(this=700), buffer=torch.empty(0), shape=(1, 1))
+    service.session = SimpleNamespace(slots=[slot], candidate=candidate)  # type: ignore[assignment]
+
+    def peak_of(call: Any) -> int:
+        call()
+        return sum(kept.values())
+
+    service.memory = SimpleNamespace(peak_of=peak_of)  # type: ignore[assignment]
+    monkeypatch.setattr("moeref.bench.worker.count_launches", lambda call: device_tools.Launches(3, 0))
+    told = service.study(lambda *event, **fields: None)
+    assert (told["workspace"], told["kernels"], told["notes"]) == (bytes_, 3, [])
 
 
 class FakeCuda:

@@ -187,6 +187,22 @@ def test_candidates_declare_what_the_backends_do() -> None:
     assert all(one.geometry_keywords == ("n_group", "topk_group", "top_k") for one in found.values())
 
 
+def test_release_gives_back_what_pipelines_keep() -> None:
+    pytest.importorskip("triton")
+    from moe_fast.pipelines import hopper_triton as pipeline
+
+    key = pipeline.Shape(16, 2, 2, 128, 128)
+    kept = pipeline.workspace_for(key, 16, torch.device("cpu"))
+    assert pipeline.workspace_for(key, 16, torch.device("cpu")) is kept
+    for name in ("moe_fast", "hopper"):
+        release = candidates()[name].release
+        assert release is not None
+        release()
+        assert not pipeline._workspaces
+        pipeline.workspace_for(key, 16, torch.device("cpu"))
+    pipeline.release_workspaces()
+
+
 def test_the_target_of_a_cpu() -> None:
     target = target_of("cpu")
     assert (target.kind, target.capability, target.is_hopper) == ("cpu", None, False) and target.sm_count >= 1

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -89,6 +90,13 @@ def by_name(name: str) -> Backend:
     return backends()[name]
 
 
+def release_workspaces() -> None:
+    """Give back what the pipelines keep between calls in this process; captured graphs keep theirs."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("moe_fast.pipelines.") and hasattr(module, "release_workspaces"):
+            module.release_workspaces()
+
+
 def _resolve(chooser: Backend, geometry: Geometry, device: torch.device) -> Candidate:
     """The candidate that a backend with choices stands for there, under the chooser's name."""
     from moeref.interop.candidates import Candidate
@@ -100,6 +108,7 @@ def _resolve(chooser: Backend, geometry: Geometry, device: torch.device) -> Cand
         recipe=chosen.recipe,
         deterministic=chosen.deterministic,
         summary=f"{chooser.summary}; here {chosen.name}",
+        release=release_workspaces,
     )
 
 
@@ -117,6 +126,7 @@ def candidates() -> dict[str, Candidate]:
             unsupported=backend.unsupported,
             summary=backend.summary,
             workspace=backend.workspace,
+            release=release_workspaces,
             resolve=functools.partial(_resolve, backend) if backend.choices else None,
         )
         for backend in backends().values()
@@ -139,6 +149,7 @@ def candidates() -> dict[str, Candidate]:
         moe_fast.moe,
         unsupported=unsupported,
         summary="moe_fast.moe: the fastest backend that can run here",
+        release=release_workspaces,
         resolve=resolve,
     )
     return {**found, "moe_fast": auto}

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import torch
 
+from moe_fast.backends import release_workspaces
 from moe_fast.tuning.search import TRITON, Discard, Drawn, Variant
-from moe_fast.tuning.table import PIPELINES
 from moeref.bench.device_tools import Captured, capture
 from moeref.bench.stopwatch import GRAPH, CudaStopwatch, Stopwatch
 from moeref.inputs import FP8, Inputs
@@ -107,8 +107,7 @@ class GpuRunner:
         one for its own stream, and calls make theirs anew."""
         self._forget()
         if self.device.type == "cuda":
-            for pipeline in PIPELINES:
-                importlib.import_module(f"moe_fast.pipelines.{pipeline}").release_workspaces()
+            release_workspaces()
             torch.cuda.empty_cache()
 
     def _forget(self) -> None:

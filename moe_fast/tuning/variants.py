@@ -12,6 +12,7 @@ from moeref.spec import Geometry
 
 FEW_ROWS = (
     Tiling(16, 64, 64, 4, 3, 3, 2, unroll1=2, unroll2=4),
+    Tiling(16, 64, 64, 4, 3, 3, 1, unroll1=2, unroll2=4),
     Tiling(16, 32, 64, 4, 3, 3, 3, unroll1=2, unroll2=2),
     Tiling(16, 32, 64, 4, 5, 5, 2, unroll1=2, unroll2=2),
     Tiling(16, 32, 64, 4, 2, 2, 2, unroll1=4, unroll2=4),

@@ -3,7 +3,7 @@
 supports {geometry}             -> reason or null, what an automatic choice picked
 open {rotations}                -> the rotations are on the device; one of them may be open at a time
 output {rotation, outputs}      -> the output of an untimed call, kept in the file
-study                           -> kernels and copies a call, peak workspace, notes on what could not be told
+study                           -> kernels and copies a call, peak workspace of one, notes on what could not be told
 expect {rotation, place, limit} -> what outputs are held to
 warm_up, capture, close
 measure {mode, cache, calls, warm_ups} -> samples
@@ -122,10 +122,12 @@ class Service:
         return {}
 
     def study(self, reply: Reply) -> dict[str, Any]:
-        """Kernels a call and peak workspace, before anything is captured. On a CPU neither is measured."""
+        """Kernels a call and peak workspace of one call, before anything is captured. On a CPU neither is measured."""
         if self.memory is None:
             return {"kernels": None, "copies": None, "workspace": None, "notes": []}
         slot = self._session.slots[0]
+        if self._session.candidate.release is not None:
+            self._session.candidate.release()  # what earlier calls had: this one asks for its own again
         workspace = self.memory.peak_of(slot.eager)
         if slot.buffer is None:
             workspace -= 2 * slot.shape[0] * slot.shape[1]  # the output that it returns

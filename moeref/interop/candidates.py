@@ -90,6 +90,7 @@ class Candidate:
     workspace: Callable[[Geometry, int], int | None] | None = (
         None  # bytes that a call of so many tokens keeps, if known
     )
+    release: Callable[[], None] | None = None  # gives back what is kept between calls
     resolve: Callable[[Geometry, torch.device], Candidate] | None = None  # for one that stands for others: its pick
 
     def __post_init__(self) -> None:
