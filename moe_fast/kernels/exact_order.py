@@ -52,6 +52,11 @@ def divide(a, b):
 
 
 @triton.jit
+def silu(x):
+    return divide(x, 1.0 + exp32(-x))
+
+
+@triton.jit
 def one_nan(x):
     bits = x.to(tl.int32, bitcast=True)
     return tl.where((bits & 0x7FFFFFFF) > INF32, NAN32, bits).to(tl.float32, bitcast=True)
@@ -182,7 +187,7 @@ def swiglu_quantize_kernel(
     at = gemm1_out + (row.to(tl.int64) * (2 * I))[:, None] + column[None, :]
     up = tl.load(at, mask=live[:, None], other=0.0)
     gate = tl.load(at + I, mask=live[:, None], other=0.0)
-    value = one_nan(divide(gate, 1.0 + exp32(-gate)) * up)
+    value = one_nan(silu(gate) * up)
     magnitude = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     amax = tl.max(magnitude, axis=1).to(tl.float32, bitcast=True)  # as integers, so that NaN is largest
     step = one_nan(divide(amax, tl.full(amax.shape, FP8_MAX, tl.float32)))

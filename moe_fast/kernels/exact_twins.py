@@ -61,6 +61,11 @@ def sigmoid(x: torch.Tensor) -> torch.Tensor:
     return divide(torch.ones_like(x), 1.0 + exp32(-x))
 
 
+def silu(x: torch.Tensor) -> torch.Tensor:
+    """x / (1 + exp(-x)) in float32; -inf gives NaN, as it does in torch."""
+    return divide(x, 1.0 + exp32(-x))
+
+
 def one_nan(x: torch.Tensor) -> torch.Tensor:
     """float32 x with every NaN replaced by the one of bits NAN32: which NaN comes out of an operation is undefined."""
     bits = x.view(torch.int32)
@@ -208,7 +213,7 @@ def swiglu_quantize_torch(
     """
     count = int(expert_offsets[-1])
     up, gate = gemm1_out[:count].chunk(2, dim=1)
-    value = one_nan(divide(gate, 1.0 + exp32(-gate)) * up)
+    value = one_nan(silu(gate) * up)
     blocks = value.unflatten(1, (-1, BLOCK))
     amax = (blocks.view(torch.int32) & 0x7FFFFFFF).amax(2).view(torch.float32)  # as integers, so that NaN is largest
     step = one_nan(divide(amax, torch.full_like(amax, FP8_MAX)))
