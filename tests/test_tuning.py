@@ -301,7 +301,18 @@ def test_the_command_shows_every_variant_and_what_was_left_out(monkeypatch: pyte
     assert any(line.split()[-3:] == ["40.0", "0.800", "chosen"] for line in lines)
     assert any(line.split()[-3:] == ["50.0", "1.000", "shipped"] for line in lines)
     assert f"901 tokens: {SLOW.name} is left out: wrong: [x]" in lines
-    assert "hopper_cuda beyond 16 tokens" in lines and str(tmp_path / "table.json") in done.stdout
+    assert (
+        "the crossover to hopper_cuda lies between 16 and 901 tokens" in lines
+        and str(tmp_path / "table.json") in done.stdout
+    )
+    assert any(line.split()[-3:] == ["30.0", "0.333", "chosen"] for line in lines)
+    assert tool.crossover(replace(result, counts=(first,))) == (
+        "hopper_cuda is not the fastest at 16 tokens, the most that were tuned"
+    )
+    assert tool.crossover(replace(result, counts=(second,))).startswith("hopper_cuda is the fastest at every")
+    stays = tuning.Tuned("NVIDIA H100", SMALL, (found({SHIPPED: 50.0}),))
+    monkeypatch.setattr(tool.tuning, "tune", lambda *words, **options: stays)
+    assert "1.000  stays" in CliRunner().invoke(command(), []).stdout
     nothing = tuning.Tuned("NVIDIA H100", SMALL, (found({SHIPPED: 1.0}, {SHIPPED: Discard("wrong")}),))
     monkeypatch.setattr(tool.tuning, "tune", lambda *words, **options: nothing)
     done = CliRunner().invoke(command(), [])

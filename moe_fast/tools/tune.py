@@ -31,6 +31,8 @@ def main(
 ) -> None:
     """Time moe_fast's variants on this card, each judged first, and keep what is faster than the shipped choice.
 
+    The table shows each right variant's time in microseconds and its ratio to the shipped choice's.
+
     Exit codes: 0 tuned, 1 no variant was right, 2 wrong usage or no GPU.
     """
     console = Console(highlight=False, soft_wrap=True)
@@ -53,14 +55,14 @@ def main(
 
 
 def show(console: Console, result: tuning.Tuned) -> None:
-    """One table, what was discarded, the crossover, the file."""
+    """One table, what was left out, the crossover, the file."""
     table = Table(box=None, pad_edge=False)
     for name in ("tokens", "rows", "hit"):
         table.add_column(name, justify="right")
     table.add_column("variant", no_wrap=True)
-    for name in ("us", "x shipped"):
-        table.add_column(name, justify="right")
-    table.add_column("")
+    for name in ("us", "ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
     for count in result.counts:
         _rows(table, count)
     console.print(f"{result.card}, {result.geometry.name}")
@@ -70,19 +72,26 @@ def show(console: Console, result: tuning.Tuned) -> None:
             console.print(f"{count.tokens} tokens: {variant.name} is left out: {reason}", markup=False)
         if count.chosen is None:
             console.print(f"{count.tokens} tokens: no variant was right; calls take the shipped choice", markup=False)
-    few = result.crossover
-    console.print(f"hopper_cuda beyond {few} tokens" if few is not None else "hopper_cuda throughout")
+    if result.entries:
+        console.print(crossover(result))
     kept = f"kept in {result.file}; {VARIABLE}=0 turns it off, --forget removes it"
     console.print(kept if result.file is not None else "not kept", markup=False)
 
 
+def crossover(result: tuning.Tuned) -> str:
+    """Where hopper_cuda becomes the fastest pipeline."""
+    few = result.crossover
+    if few is None:
+        return "hopper_cuda is the fastest at every tuned number of tokens"
+    beyond = [entry.tokens for entry in result.entries if entry.tokens > few]
+    if not beyond:
+        return f"hopper_cuda is not the fastest at {few} tokens, the most that were tuned"
+    return f"the crossover to hopper_cuda lies between {few} and {min(beyond)} tokens"
+
+
 def _rows(table: Table, count: Count) -> None:
     for timing in count.timings:
-        notes = [
-            word
-            for word, variant in (("chosen", count.chosen), ("shipped", count.shipped))
-            if timing.variant == variant
-        ]
+        chosen, shipped = timing.variant == count.chosen, timing.variant == count.shipped
         ratio = count.ratio(timing)
         table.add_row(
             str(count.tokens),
@@ -91,8 +100,8 @@ def _rows(table: Table, count: Count) -> None:
             timing.variant.name,
             f"{timing.us:.1f}",
             f"{ratio:.3f}" if ratio is not None else "-",
-            ", ".join(notes),
-            style="bold" if "chosen" in notes else None,
+            ("stays" if chosen else "shipped") if shipped else "chosen" if chosen else "",
+            style="bold" if chosen else None,
         )
 
 

@@ -32,12 +32,13 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """E.g. 'hopper_triton 16x32x64 w4 s3/3 u2/2 p3': rows x part1 x part2, warps, stages, unrolling, programs."""
+        """A backend's name, or e.g. 'triton 16x32x64 w4 s3/3 u2/2 p3': tile_rows x part1 x part2, warps, stages, steps
+        unrolled, programs a multiprocessor."""
         t = self.tiling
         if t is None:
             return self.pipeline
         cut = f"{t.tile_rows}x{t.part1}x{t.part2} w{t.warps} s{t.stages1}/{t.stages2} u{t.unroll1}/{t.unroll2}"
-        return f"{self.pipeline} {cut} p{t.programs_per_sm}" + ("" if t.pdl else " nopdl")
+        return f"triton {cut} p{t.programs_per_sm}" + ("" if t.pdl else " nopdl")
 
 
 @dataclass(frozen=True)
