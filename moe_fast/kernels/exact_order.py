@@ -106,14 +106,14 @@ def grouped_gemm_kernel(
     BK: tl.constexpr,  # bytes of W at once, a divisor of 128
 ):
     expert = tl.program_id(2)
-    begin = tl.load(expert_offsets + expert) + tl.program_id(1) * BM
+    first = tl.load(expert_offsets + expert) + tl.program_id(1) * BM
     end = tl.load(expert_offsets + expert + 1)
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
     weight_line = expert.to(tl.int64) * N + column
     weight_at = weights + (weight_line * W)[None, :, None] + k[None, None, :]
     scale_at = weights_scale + (expert.to(tl.int64) * (N // 128) + tl.program_id(0) * BN // 128) * (W // 128)
-    for first in range(begin, end, tl.num_programs(1) * BM):
+    while first < end:
         row = first + tl.arange(0, BM)
         live = row < end
         source = row
@@ -134,6 +134,7 @@ def grouped_gemm_kernel(
             total = total + one_nan(product * scale[:, None])
         output_at = output + (row.to(tl.int64) * N)[:, None] + column[None, :]
         tl.store(output_at, one_nan(total), mask=live[:, None])
+        first += tl.num_programs(1) * BM
 
 
 def grouped_gemm(

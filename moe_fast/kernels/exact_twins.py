@@ -20,6 +20,7 @@ BLOCK = 128
 FP8_MAX = 448.0
 NAN32 = 0x7FC00000  # the float32 NaN
 INF32 = 0x7F800000
+ROWS_AT_ONCE = 1024  # bounds swiglu_quantize_torch's float64 intermediates: 16 KB a row each at the real geometry
 DECODE = 2.0**120  # float32's exponent bias 127, less e4m3's 7
 
 EXP_LIMIT = 110.0
@@ -212,17 +213,21 @@ def swiglu_quantize_torch(
     is 0.
     """
     count = int(expert_offsets[-1])
-    up, gate = gemm1_out[:count].chunk(2, dim=1)
-    value = one_nan(silu(gate) * up)
-    blocks = value.unflatten(1, (-1, BLOCK))
-    amax = (blocks.view(torch.int32) & 0x7FFFFFFF).amax(2).view(torch.float32)  # as integers, so that NaN is largest
-    step = one_nan(divide(amax, torch.full_like(amax, FP8_MAX)))
-    step = torch.where(step > 0, step, 1.0)
-    scaled = divide(blocks, step.unsqueeze(2).expand_as(blocks))
-    scaled = torch.where(scaled > FP8_MAX, FP8_MAX, scaled)
-    scaled = torch.where(scaled < -FP8_MAX, -FP8_MAX, scaled)
-    quantized[:count] = encode_e4m3(scaled).flatten(1)
-    scale[:, :count] = step.T
+    for start in range(0, count, ROWS_AT_ONCE):
+        span = slice(start, min(start + ROWS_AT_ONCE, count))
+        up, gate = gemm1_out[span].chunk(2, dim=1)
+        value = one_nan(silu(gate) * up)
+        blocks = value.unflatten(1, (-1, BLOCK))
+        amax = (
+            (blocks.view(torch.int32) & 0x7FFFFFFF).amax(2).view(torch.float32)
+        )  # as integers, so that NaN is largest
+        step = one_nan(divide(amax, torch.full_like(amax, FP8_MAX)))
+        step = torch.where(step > 0, step, 1.0)
+        scaled = divide(blocks, step.unsqueeze(2).expand_as(blocks))
+        scaled = torch.where(scaled > FP8_MAX, FP8_MAX, scaled)
+        scaled = torch.where(scaled < -FP8_MAX, -FP8_MAX, scaled)
+        quantized[span] = encode_e4m3(scaled).flatten(1)
+        scale[:, span] = step.T
 
 
 def combine_torch(
