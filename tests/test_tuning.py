@@ -245,6 +245,13 @@ def test_a_replay_with_other_bytes_than_the_checked_call_is_wrong(runner: GpuRun
         runner.time(SLOW)
 
 
+def test_a_graph_that_does_nothing_on_replay_is_wrong(runner: GpuRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner.check(SHIPPED)
+    monkeypatch.setattr("moe_fast.tuning.runner.capture", lambda call: Replayed(lambda: None))
+    with pytest.raises(Discard, match="graph replays give other bytes"):
+        runner.time(SHIPPED)
+
+
 def test_a_whole_search_over_the_judge_keeps_the_right_ones_alone(runner: GpuRunner) -> None:
     task = Task(16, SHIPPED, SHIPPED, (SHIPPED, FAST, CUDA, FEW))
     (count,) = tuning.run_tasks([task], runner, progress=True)
@@ -258,7 +265,11 @@ def test_a_draw_reaches_local_experts_and_says_how_many(tokens: int, offset: int
     problem, drawn = draw(SMALL, tokens, offset, 0)
     assert drawn.local_rows > 0 and (offset is None or drawn.offset == offset == problem.offset)
     logits, bias = (torch.from_numpy(part) for part in draw_routing(problem))
-    ids = route(logits, bias, SMALL, 2.5).topk_ids - drawn.offset
+    chosen = route(logits, bias, SMALL, 2.5).topk_ids
+    if offset is None:
+        shards = [int((chosen // SMALL.num_local_experts == shard).sum()) for shard in range(4)]
+        assert abs(drawn.local_rows - tokens) == min(abs(rows - tokens) for rows in shards if rows)  # K L / E = 1
+    ids = chosen - drawn.offset
     local = ids[(ids >= 0) & (ids < SMALL.num_local_experts)]
     assert (len(local), len(local.unique())) == (drawn.local_rows, drawn.experts_hit)
 
