@@ -261,8 +261,9 @@ def test_a_whole_search_over_the_judge_keeps_the_right_ones_alone(runner: GpuRun
 
 @pytest.mark.parametrize("tokens", [1, 7, 160])
 @pytest.mark.parametrize("offset", [None, 16])
-def test_a_draw_reaches_local_experts_and_says_how_many(tokens: int, offset: int | None) -> None:
-    problem, drawn = draw(SMALL, tokens, offset, 0)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_draw_reaches_local_experts_and_says_how_many(tokens: int, offset: int | None, seed: int) -> None:
+    problem, drawn = draw(SMALL, tokens, offset, seed)
     assert drawn.local_rows > 0 and (offset is None or drawn.offset == offset == problem.offset)
     logits, bias = (torch.from_numpy(part) for part in draw_routing(problem))
     chosen = route(logits, bias, SMALL, 2.5).topk_ids
