@@ -66,7 +66,7 @@ def test_exp_is_rounded_correctly_but_for_one_case_in_ten_million() -> None:
     error = (twins.exp32(x).double() - true).abs()
     finite = (true < 3.4e38) & (true > 0)
     spacing = torch.ldexp(torch.ones_like(true), (torch.frexp(true)[1] - 24).clamp(min=-149))
-    assert float((error / spacing)[finite].max()) < 0.5 + 2**-20
+    assert float((error / spacing)[finite].max()) < 0.5 + 2**-25  # docs/numerics.md; half of it is torch's own
     assert torch.equal(twins.exp32(x), true.float())  # none of these is so near a half that it matters
     special = torch.tensor([torch.inf, -torch.inf, torch.nan, 89.0, 3.4e38, -104.0, -3.4e38, 0.0, -0.0])
     torch.testing.assert_close(twins.exp32(special), torch.exp(special), rtol=0, atol=0, equal_nan=True)
