@@ -50,10 +50,11 @@ def same(got: torch.Tensor, want: torch.Tensor) -> None:
 
 
 def floats(count: int) -> torch.Tensor:
-    """float32 of every sign and exponent, NaN and infinities among them, and all near a rounding's half."""
+    """float32 of every sign and exponent, NaN and infinities among them; half lie midway between a cast's results."""
     bits = torch.randint(-(2**31), 2**31, (count,), dtype=torch.int64).to(I32)
-    bits[::3] &= ~0xFFFFF  # halves of a bfloat16's last place, and of an e4m3's
-    bits[1::3] = (torch.rand(len(bits[1::3])) * 240 - 120).view(I32)  # where exp is neither 0 nor inf
+    bits[::4] = (bits[::4] & ~0xFFFF) | 0x8000  # half a last place of a bfloat16
+    bits[1::4] = (bits[1::4] & ~0xFFFFF) | 0x80000  # and of an e4m3
+    bits[2::4] = (torch.rand(len(bits[2::4])) * 240 - 120).view(I32)  # where exp is neither 0 nor inf
     special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45, 88.8, -104.0, 3.4e38])
     bits[: len(special)] = special.view(I32)
     return bits.view(torch.float32)
@@ -72,6 +73,8 @@ def numbers() -> None:
         same(silu, twins.one_nan(twins.silu(value)))
         same(bf16, twins.encode_bf16(value))
     same(e4m3, twins.encode_e4m3(scaled))
+    away = ((x.view(I32) + 0x8000) >> 16).to(torch.int16)  # halves away from zero: there are halves to tell by
+    assert not torch.equal(away[~x.isnan()], twins.encode_bf16(x)[~x.isnan()])
     octets, decoded = torch.arange(256, dtype=torch.uint8), torch.empty(256, dtype=torch.float64)
     decode_kernel[(1,)](octets, decoded)
     want = twins.decode_e4m3(octets)
@@ -82,13 +85,13 @@ def numbers() -> None:
 
 def stages() -> None:
     """Each kernel alone on any bytes, NaN among them: an empty expert, a lone row, more rows than programs."""
-    local, hidden, columns, tokens = 4, 256, 128, 41
-    counts = torch.tensor([0, 38, 1, 2])
+    local, hidden, columns, tokens = 4, 384, 128, 36  # three blocks: two have one order
+    counts = torch.tensor([0, 33, 1, 2])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).to(I32)
     total = int(offsets[-1])
     source = torch.randint(0, tokens, (total,), dtype=I32)
     x = torch.randint(0, 256, (tokens, hidden), dtype=torch.uint8)
-    x[:35] &= 0xF7  # these without NaN
+    x[:32] &= 0xF7  # these without NaN
     weights = torch.randint(0, 256, (local, columns, hidden), dtype=torch.uint8) & 0xF7
     x_scale, w_scale = torch.randn(hidden // 128, tokens + 3)[:, :tokens], torch.randn(local, 1, hidden // 128)
     for index, lines in ((source, tokens), (None, total)):
@@ -98,6 +101,11 @@ def stages() -> None:
         twins.grouped_gemm_torch(*given, want, tokens)
         same(got, want)
         assert not bool(want[:total].isnan().all()) and bool(want[total:].isnan().all())
+        back = torch.arange(hidden).view(-1, 128).flip(0).flatten()  # blocks descending: there is an order to tell by
+        turned = (x[:lines, back], x_scale[:, :lines].flip(0), index, weights[..., back], w_scale.flip(2), offsets)
+        twins.grouped_gemm_torch(*turned, want, tokens)
+        finite = ~want.isnan()
+        assert bool(finite.any()) and not torch.equal(got[finite], want[finite])
 
     both = (
         torch.randn(total + 2, 512) * torch.tensor([1e-3, 1.0, 30.0])[torch.arange(total + 2) % 3].unsqueeze(1)
