@@ -48,7 +48,7 @@ def test_presets_fit(preset: str) -> None:
 
 @pytest.mark.parametrize(
     ("hidden", "inter", "reason"),
-    [(8320, 2048, "hidden_size is at most 8192"), (7168, 18432, "too large beside"), (1024, 14336, "four slots")],
+    [(8320, 2048, "hidden_size is at most 8192"), (7168, 18432, "too large beside"), (1024, 14336, "twelve slots")],
 )
 def test_what_does_not_fit_says_why(hidden: int, inter: int, reason: str) -> None:
     assert reason in str(few.unfit(32, hidden, inter, 8, SMS))

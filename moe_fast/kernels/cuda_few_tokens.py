@@ -18,7 +18,7 @@ TOKENS = 8
 """Most tokens of one launch: the columns of the matrix instruction."""
 
 COUNTERS = 4
-THREADS = 288
+THREADS = 384
 SHARED_BYTES = 227 * 1024
 EVICT_FIRST_HITS = 3
 """Up to so many hit experts, weights are read with the L2's evict-first policy (docs/h100.md)."""
@@ -34,9 +34,10 @@ def rows_kept(top_k: int, local: int) -> int:
 
 def ring(hidden: int, inter: int, local: int, top_k: int) -> tuple[int, int]:
     """(slots, bytes of one): as many as shared memory holds beside what the kernel keeps there itself."""
-    part = -(-hidden // 128 // 8)
-    slot = max(16 * (part * 128 + 64), 8 * (inter + 64))
-    own = 1024 + 8 * 1024 + 4 * mask_words(local) + rows_kept(top_k, local) * (8 + 4 * TOKENS)
+    slot = max(2 * (hidden + 64), 8 * (inter + 64))
+    own = (
+        512 + 8 * 1024 + 4 * mask_words(local) + rows_kept(top_k, local) * (8 + 4 * TOKENS) + hidden // 128 * 4 * TOKENS
+    )
     return min(24, (SHARED_BYTES - own) // slot), slot
 
 
@@ -45,10 +46,10 @@ def unfit(local: int, hidden: int, inter: int, top_k: int, sm_count: int) -> str
     part1, part2 = -(-hidden // 128 // 8), -(-inter // 128 // 8)
     if part1 > 8:
         return f"hidden_size is at most 8192, got {hidden}"
-    if -(-hidden // 8 // sm_count) * part2 > 32:
+    if 2 * -(-hidden // 16 // sm_count) * part2 > 32:
         return f"intermediate_size {inter} is too large beside hidden_size {hidden}"
-    if ring(hidden, inter, local, top_k)[0] < 4:
-        return f"four slots for intermediate_size {inter} do not fit shared memory"
+    if ring(hidden, inter, local, top_k)[0] < 12:
+        return f"twelve slots for intermediate_size {inter} do not fit shared memory"
     return None
 
 

@@ -5,7 +5,6 @@
 #pragma once
 #include "hopper.cuh"
 
-constexpr u32 ALL = 0xFFFFFFFF;
 constexpr int PER_LANE = (EXPERTS + 31) / 32;  // lane l holds experts l * PER_LANE and on
 constexpr int GROUP = EXPERTS / GROUPS;
 // Whether a group is a power of two of whole lanes; if not, its scores are reduced over the warp, group by group.
@@ -94,17 +93,12 @@ INLINE void mask_groups(u32 (&key)[PER_LANE], int lane) {
     }
 }
 
-// Lane k < TOP_K gets the id of the token's k-th best expert and that expert's weight; others get id -1.
-INLINE void choose_experts(const float* logits, const u16* bias, float factor, int lane, int& id, float& weight) {
-    u32 key[PER_LANE];
-#pragma unroll
-    for (int j = 0; j < PER_LANE; ++j) {
-        const int expert = lane * PER_LANE + j;
-        key[j] = expert < EXPERTS ? key_of(sigmoid(__ldg(logits + expert)) + bf16_to_float(__ldg(bias + expert))) : 0;
-    }
+// Lane k < TOP_K gets the id of the k-th best of the keys, where lane l has those of experts l * PER_LANE and on; the
+// keys are used up.
+INLINE int choose(u32 (&key)[PER_LANE], int lane) {
     if constexpr (TOPK_GROUP < GROUPS) mask_groups(key, lane);
-
-    u32 chosen = 0;
+    int chosen = 0;
+#pragma unroll 1
     for (int k = 0; k < TOP_K; ++k) {
         u32 best = 0;
         int at = 0;
@@ -118,12 +112,15 @@ INLINE void choose_experts(const float* logits, const u16* bias, float factor, i
         for (int j = 0; j < PER_LANE; ++j) {
             if (u32(lane * PER_LANE + j) == first) key[j] = 0;
         }
-        if (lane == k) chosen = first;
+        if (lane == k) chosen = int(first);
     }
-    const float score = lane < TOP_K ? sigmoid(__ldg(logits + chosen)) : 0.0f;
+    return chosen;
+}
+
+// Weight of lane k's choice from its score, which is 0 in lanes without a choice.
+INLINE float weight_of(float score, float factor) {
     float total = score;
 #pragma unroll
     for (int d = 16; d > 0; d >>= 1) total += __shfl_xor_sync(ALL, total, d);
-    id = lane < TOP_K ? int(chosen) : -1;
-    weight = score / (total + 1e-20f) * factor;
+    return score / (total + 1e-20f) * factor;
 }

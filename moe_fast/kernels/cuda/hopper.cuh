@@ -9,6 +9,8 @@ using i64 = long long;
 
 #define INLINE __device__ __forceinline__
 
+constexpr u32 ALL = 0xFFFFFFFF;  // every lane of a warp
+
 struct alignas(64) TensorMap {
     u64 opaque[16];  // filled on the host by cuTensorMapEncodeTiled
 };
@@ -38,10 +40,6 @@ INLINE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.clu
 
 INLINE void barrier_arrive(u32 bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-
-INLINE void barrier_arrive_many(u32 bar, u32 arrivals) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
 }
 
 INLINE void barrier_arrive_expect(u32 bar, u32 bytes) {

@@ -23,7 +23,6 @@ struct Params {
     int unused;
 };
 
-constexpr u32 ALL = 0xFFFFFFFF;
 constexpr int WORDS = (LOCAL + 31) / 32;
 constexpr int WARPS = 32;
 constexpr int ROWS_A_GROUP = 32 * (TOP_K < LOCAL ? TOP_K : LOCAL);

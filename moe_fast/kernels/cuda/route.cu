@@ -21,9 +21,16 @@ extern "C" __global__ void __launch_bounds__(128) route_kernel(const __grid_cons
     const int lane = threadIdx.x & 31;
     const int token = blockIdx.x * 4 + (threadIdx.x >> 5);
     if (token >= p.tokens) return;
-    int id;
-    float weight;
-    choose_experts(p.routing_logits + i64(token) * EXPERTS, p.routing_bias, p.factor, lane, id, weight);
+    const float* logits = p.routing_logits + i64(token) * EXPERTS;
+    u32 key[PER_LANE];
+#pragma unroll
+    for (int j = 0; j < PER_LANE; ++j) {
+        const int expert = lane * PER_LANE + j;
+        key[j] = expert < EXPERTS ? key_of(sigmoid(__ldg(logits + expert)) + bf16_to_float(__ldg(p.routing_bias + expert)))
+                                  : 0;
+    }
+    const int id = choose(key, lane);
+    const float weight = weight_of(lane < TOP_K ? sigmoid(__ldg(logits + id)) : 0.0f, p.factor);
     if (lane < TOP_K) {
         const i64 at = i64(token) * TOP_K + lane;
         p.topk_ids[at] = id;

@@ -1,0 +1,74 @@
+// What the parts of few_tokens.cu share: parameters, sizes, shared memory, the ring.
+#pragma once
+#include "hopper.cuh"
+
+struct Params {
+    const float* routing_logits;       // [T, EXPERTS]
+    const u16* routing_bias;           // [EXPERTS] bf16
+    const u8* hidden_states;           // [T, HIDDEN] e4m3
+    const float* hidden_states_scale;  // [HIDDEN/128, >= T], rows scale_stride apart
+    const u8* gemm1_weights;           // [LOCAL, 2 INTER, HIDDEN] e4m3, rows [up ; gate]
+    const float* gemm1_weights_scale;  // [LOCAL, 2 INTER/128, HIDDEN/128]
+    const u8* gemm2_weights;           // [LOCAL, HIDDEN, INTER] e4m3
+    const float* gemm2_weights_scale;  // [LOCAL, HIDDEN/128, INTER/128]
+    u16* output;                       // [T, HIDDEN] bf16
+    float* swiglu_out;                 // [MAX_HITS, TOKENS, INTER]
+    int* counters;                     // [4] of DRAWN.., zero between calls
+    int tokens;                        // T, at most TOKENS
+    int offset;                        // local_expert_offset
+    float factor;                      // routed_scaling_factor
+    int scale_stride;
+};
+
+// Two warpgroups multiply; of the third one warp loads, the others are there because registers move by the warpgroup.
+constexpr int TOKENS = 8, MATH_WARPS = 8, THREADS = 384;
+constexpr int MAX_HITS = TOKENS * TOP_K < LOCAL ? TOKENS * TOP_K : LOCAL;
+constexpr int WORDS = (LOCAL + 31) / 32;
+constexpr int HIDDEN_BLOCKS = HIDDEN / 128, INTER_BLOCKS = INTER / 128;
+// The warps share K: warp w has blocks w * PART.. of 128; one without any still takes part in the barriers.
+constexpr int PART1 = (HIDDEN_BLOCKS + MATH_WARPS - 1) / MATH_WARPS;
+constexpr int PART2 = (INTER_BLOCKS + MATH_WARPS - 1) / MATH_WARPS;
+constexpr int TILES = INTER / 8;  // of gemm1, an expert
+constexpr int OUTPUT_TILES = HIDDEN / 8, PAIRS = (ITEMS + 1) / 2;
+// A slot holds two rows of gemm1's weights, so that a tile takes eight (up's, then gate's), or a tile of gemm2's. Rows
+// are 64 bytes further apart than they are long: two rows, read together, lie in different banks.
+constexpr int TILE_SLOTS = 8;
+constexpr int ROW1 = HIDDEN + 64, ROW2 = INTER + 64;
+constexpr int SLOT = 2 * ROW1 > 8 * ROW2 ? 2 * ROW1 : 8 * ROW2;
+static_assert(PART1 <= 16 && 2 * PAIRS * PART2 <= 32, "a warp's scales must fit its lanes");
+static_assert(STAGES > TILE_SLOTS, "more than one tile of gemm1");
+static_assert(MAX_HITS <= THREADS && WORDS <= THREADS && STAGES <= THREADS, "a thread each");
+
+enum { DRAWN_GEMM1, DONE_GEMM1, DRAWN_GEMM2, LEFT };
+
+struct Shared {
+    u64 full[STAGES], empty[STAGES], drawn, taken;
+    int next;      // the share that was drawn last
+    int first[2];  // of gemm1, of gemm2
+    int hits;
+    u32 local_mask[WORDS];
+    int expert[MAX_HITS];     // local id
+    u32 chosen_by[MAX_HITS];  // a bit for each token
+    alignas(8) float weight[MAX_HITS][TOKENS];
+    alignas(8) float x_scale[HIDDEN_BLOCKS][TOKENS];  // of the tokens' blocks; 0 where there is no token
+    float partial[2][MATH_WARPS][128];
+};
+
+// ---- the ring
+struct Ring {
+    u32 slots, full, empty;
+    INLINE u32 slot(int n) const { return slots + n % STAGES * SLOT; }
+    INLINE u32 full_bar(int n) const { return full + n % STAGES * 8; }
+    INLINE void await_full(int n) const { barrier_wait(full_bar(n), n / STAGES & 1); }
+    INLINE void await_empty(int n) const { barrier_wait(empty + n % STAGES * 8, (n / STAGES & 1) ^ 1); }
+    // This warp has read `count` slots.
+    INLINE void release(int n, int count, int lane) const {
+        __syncwarp();
+        if (lane < count) barrier_arrive(empty + (n + lane) % STAGES * 8);
+    }
+};
+
+INLINE void math_sync() { named_barrier_sync(1, 32 * MATH_WARPS); }
+
+// Share s of `all` things among the grid's CTAs.
+INLINE int share_begin(int s, int all) { return int(u32(s) * u32(all) / gridDim.x); }

@@ -1,0 +1,64 @@
+// Routing all tokens, by the math warps.
+#pragma once
+#include "choose.cuh"
+#include "few_layout.cuh"
+
+// What choosing needs of all tokens; it lies where the ring will be.
+struct Scores {
+    float score[TOKENS * EXPERTS];
+    u32 key[TOKENS * EXPERTS];
+};
+static_assert(sizeof(Scores) <= STAGES * SLOT, "the scores must fit the ring");
+
+// An expert a thread. All tokens' logits are asked for at once; the rest is a loop, for instructions come cold from
+// memory, too, and a short program is fetched sooner.
+INLINE void score_all(const Params& p, Scores& of) {
+#pragma unroll 1
+    for (int expert = threadIdx.x; expert < EXPERTS; expert += 32 * MATH_WARPS) {
+        float logit[TOKENS];
+#pragma unroll
+        for (int t = 0; t < TOKENS; ++t)
+            logit[t] = t < p.tokens ? __ldg(p.routing_logits + t * EXPERTS + expert) : 0.0f;
+        const float bias = bf16_to_float(__ldg(p.routing_bias + expert));
+#pragma unroll 1
+        for (int t = 0; t < p.tokens; ++t) {
+            const float score = sigmoid(logit[0]);
+            of.score[t * EXPERTS + expert] = score;
+            of.key[t * EXPERTS + expert] = key_of(score + bias);
+#pragma unroll
+            for (int j = 0; j + 1 < TOKENS; ++j) logit[j] = logit[j + 1];
+        }
+    }
+}
+
+// Lane k < TOP_K gets the local id of the token's k-th choice, or -1, and its weight.
+INLINE void choose_experts(const Params& p, const Scores& of, int token, int lane, int& local, float& weight) {
+    u32 key[PER_LANE];
+#pragma unroll
+    for (int j = 0; j < PER_LANE; ++j) {
+        const int expert = lane * PER_LANE + j;
+        key[j] = expert < EXPERTS ? of.key[token * EXPERTS + expert] : 0;
+    }
+    const int id = choose(key, lane);
+    weight = weight_of(lane < TOP_K ? of.score[token * EXPERTS + id] : 0.0f, p.factor);
+    local = lane < TOP_K ? id - p.offset : -1;
+    if (local < 0 || local >= LOCAL) local = -1;
+}
+
+INLINE void list_hits(Shared& s) {
+#pragma unroll 1
+    for (int local = threadIdx.x; local < LOCAL; local += THREADS) {
+        int before = 0;
+#pragma unroll 1
+        for (int w = 0; w < local / 32; ++w) before += __popc(s.local_mask[w]);
+        const u32 word = s.local_mask[local / 32], bit = 1u << local % 32;
+        if (word & bit) s.expert[before + __popc(word & (bit - 1))] = local;
+        if (local == LOCAL - 1) s.hits = before + __popc(word);
+    }
+}
+
+INLINE int hit_of(const Shared& s, int local) {
+    int before = 0;
+    for (int w = 0; w < local / 32; ++w) before += __popc(s.local_mask[w]);
+    return before + __popc(s.local_mask[local / 32] & ((1u << local % 32) - 1));
+}
