@@ -95,10 +95,11 @@ INLINE void mask_groups(u32 (&key)[PER_LANE], int lane) {
 
 // Lane k < TOP_K gets the id of the k-th best of the keys, where lane l has those of experts l * PER_LANE and on; the
 // keys are used up.
+template <int UNROLL>
 INLINE int choose(u32 (&key)[PER_LANE], int lane) {
     if constexpr (TOPK_GROUP < GROUPS) mask_groups(key, lane);
     int chosen = 0;
-#pragma unroll 1
+#pragma unroll UNROLL
     for (int k = 0; k < TOP_K; ++k) {
         u32 best = 0;
         int at = 0;

@@ -18,8 +18,8 @@ INLINE void store_requantized(float (&sum)[2][64], const Work& work, const Param
                 largest = fmaxf(largest, fabsf(sum[0][at]));
             }
         }
-        largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFF, largest, 1));
-        largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFF, largest, 2));
+        largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, 1));
+        largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, 2));
         const float scale = requantize_scale(largest);
         const float inverse = __frcp_rn(scale);
         if (row >= work.live) continue;

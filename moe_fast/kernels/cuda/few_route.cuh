@@ -39,7 +39,7 @@ INLINE void choose_experts(const Params& p, const Scores& of, int token, int lan
         const int expert = lane * PER_LANE + j;
         key[j] = expert < EXPERTS ? of.key[token * EXPERTS + expert] : 0;
     }
-    const int id = choose(key, lane);
+    const int id = choose<1>(key, lane);
     weight = weight_of(lane < TOP_K ? of.score[token * EXPERTS + id] : 0.0f, p.factor);
     local = lane < TOP_K ? id - p.offset : -1;
     if (local < 0 || local >= LOCAL) local = -1;

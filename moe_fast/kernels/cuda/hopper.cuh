@@ -9,7 +9,7 @@ using i64 = long long;
 
 #define INLINE __device__ __forceinline__
 
-constexpr u32 ALL = 0xFFFFFFFF;  // every lane of a warp
+enum : u32 { ALL = 0xFFFFFFFF };  // every lane of a warp
 
 struct alignas(64) TensorMap {
     u64 opaque[16];  // filled on the host by cuTensorMapEncodeTiled

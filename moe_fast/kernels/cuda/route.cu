@@ -29,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(128) route_kernel(const __grid_cons
         key[j] = expert < EXPERTS ? key_of(sigmoid(__ldg(logits + expert)) + bf16_to_float(__ldg(p.routing_bias + expert)))
                                   : 0;
     }
-    const int id = choose(key, lane);
+    const int id = choose<TOP_K>(key, lane);
     const float weight = weight_of(lane < TOP_K ? sigmoid(__ldg(logits + id)) : 0.0f, p.factor);
     if (lane < TOP_K) {
         const i64 at = i64(token) * TOP_K + lane;
