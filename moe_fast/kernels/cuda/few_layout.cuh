@@ -64,7 +64,11 @@ struct Ring {
     // This warp has read `count` slots.
     INLINE void release(int n, int count, int lane) const {
         __syncwarp();
-        if (lane < count) barrier_arrive(empty + (n + lane) % STAGES * 8);
+        if (EVERY_LANE_ARRIVES) {
+            for (int i = 0; i < count; ++i) barrier_arrive(empty + (n + i) % STAGES * 8);
+        } else if (lane < count) {
+            barrier_arrive(empty + (n + lane) % STAGES * 8);
+        }
     }
 };
 

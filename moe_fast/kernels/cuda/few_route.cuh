@@ -45,9 +45,10 @@ INLINE void choose_experts(const Params& p, const Scores& of, int token, int lan
     if (local < 0 || local >= LOCAL) local = -1;
 }
 
-INLINE void list_hits(Shared& s) {
+// By one warp.
+INLINE void list_hits(Shared& s, int lane) {
 #pragma unroll 1
-    for (int local = threadIdx.x; local < LOCAL; local += THREADS) {
+    for (int local = lane; local < LOCAL; local += 32) {
         int before = 0;
 #pragma unroll 1
         for (int w = 0; w < local / 32; ++w) before += __popc(s.local_mask[w]);
@@ -55,6 +56,7 @@ INLINE void list_hits(Shared& s) {
         if (word & bit) s.expert[before + __popc(word & (bit - 1))] = local;
         if (local == LOCAL - 1) s.hits = before + __popc(word);
     }
+    __syncwarp();
 }
 
 INLINE int hit_of(const Shared& s, int local) {

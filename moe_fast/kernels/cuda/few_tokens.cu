@@ -57,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few_tokens_kernel(const
     const Ring ring = {shared_address(slots), shared_address(s.full), shared_address(s.empty)};
     if (threadIdx.x < STAGES) {
         barrier_init(ring.full + 8 * threadIdx.x, 1);
-        barrier_init(ring.empty + 8 * threadIdx.x, MATH_WARPS);
+        barrier_init(ring.empty + 8 * threadIdx.x, MATH_WARPS * ARRIVING_LANES);
     }
     if (threadIdx.x < WORDS) s.local_mask[threadIdx.x] = 0;
     if (threadIdx.x < MAX_HITS) s.chosen_by[threadIdx.x] = 0;
@@ -81,14 +81,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few_tokens_kernel(const
     __syncthreads();
     if (local >= 0) atomicOr(&s.local_mask[local / 32], 1u << local % 32);
     __syncthreads();
-    list_hits(s);
-    __syncthreads();
     if (warp >= MATH_WARPS) {
         registers_down<40>();
-        if (warp == MATH_WARPS) load_everything(p, s, ring, lane);
+        if (warp > MATH_WARPS) return;
+        list_hits(s, lane);
+        named_barrier_arrive(2, 32 * (MATH_WARPS + 1));
+        load_everything(p, s, ring, lane);
         return;
     }
     registers_up<224>();
+    named_barrier_sync(2, 32 * (MATH_WARPS + 1));  // the hits are listed
     if (local >= 0) {
         const int hit = hit_of(s, local);
         s.weight[hit][warp] = weight;

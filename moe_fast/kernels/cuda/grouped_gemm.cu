@@ -100,8 +100,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(MAT
         tma_prefetch_map(&map2);
         for (int s = 0; s < STAGES; ++s) {
             // Each loading thread's copies, each loading warp's scales, the weights.
-            barrier_init(base + BARRIERS_AT + s * 8, LOAD_THREADS + LOAD_THREADS / 32 + 1);
-            barrier_init(base + BARRIERS_AT + (STAGES + s) * 8, CLUSTER * MATH_THREADS / 32);
+            barrier_init(base + BARRIERS_AT + s * 8, LOAD_THREADS + LOAD_THREADS / 32 * ARRIVING_LANES + 1);
+            barrier_init(base + BARRIERS_AT + (STAGES + s) * 8, CLUSTER * MATH_THREADS / 32 * ARRIVING_LANES);
         }
         for (int s = 0; s < MAIL_SLOTS; ++s) barrier_init(base + BARRIERS_AT + (2 * STAGES + s) * 8, 1);
         barrier_init_fence();

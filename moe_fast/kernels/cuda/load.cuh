@@ -153,7 +153,7 @@ struct Loader {
                 store_shared(to, x[u] * __shfl_sync(0xFFFFFFFF, w0, step % 32));
                 store_shared(to + TILE_TOKENS * 4, x[u] * __shfl_sync(0xFFFFFFFF, w1, step % 32));
                 __syncwarp();
-                if (lane == 0) barrier_arrive(full + stage * 8);
+                if (lane < ARRIVING_LANES) barrier_arrive(full + stage * 8);
                 if (step + AHEAD < steps) x[u] = token_scale(step + AHEAD);
                 if (step == min(2, steps - 1)) {  // early enough that the next item's first loads find it there
                     barrier_wait_cluster(letter_bar, (count / MAIL_SLOTS) & 1);
@@ -194,7 +194,7 @@ struct Loader {
         }
         copies_arrive(full + stage * 8);
         __syncwarp();
-        if ((thread & 31) == 0) barrier_arrive(full + stage * 8);
+        if ((thread & 31) < ARRIVING_LANES) barrier_arrive(full + stage * 8);
         if (thread == ZEROER) {
             while (note(IDLE) < note(IDLE_END)) zero_idle_token();
             bulk_wait_read();

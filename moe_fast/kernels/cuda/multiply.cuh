@@ -11,9 +11,11 @@ struct Pipe {
     INLINE void wait() const { barrier_wait(full(), parity); }
     INLINE void release(int lane) {  // this warp has read everything of the stage
         __syncwarp();
-        if (CLUSTER > 1) {
+        if (CLUSTER > 1 && EVERY_LANE_ARRIVES) {
+            for (int rank = 0; rank < CLUSTER; ++rank) barrier_arrive_in_cta(full() + STAGES * 8, rank);
+        } else if (CLUSTER > 1) {
             if (lane < CLUSTER) barrier_arrive_in_cta(full() + STAGES * 8, lane);
-        } else if (lane == 0) {
+        } else if (lane < ARRIVING_LANES) {
             barrier_arrive(full() + STAGES * 8);
         }
         if (++stage == STAGES) stage = 0, parity ^= 1;
