@@ -348,6 +348,7 @@ def test_wrong_usage_exits_2_with_one_message(words: list[str], text: str) -> No
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_the_table_is_kept_and_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_FAST_CACHE", str(tmp_path))
+    monkeypatch.delenv("MOE_FAST_TUNING", raising=False)
     table.reread()
     result = moe_fast.tune(tokens=(16,), progress=False)
     assert result.file is not None and result.entries
