@@ -1,0 +1,100 @@
+"""few_tokens.cu, its own source, run on the CPU under drawn schedules: against its twin, and broken on purpose."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_on_host import OnHost
+
+from moe_fast.kernels.cuda_few_tokens import few_tokens_torch
+from moeref.inputs import Inputs
+from moeref.make import make_inputs
+from moeref.spec import Problem
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on the PATH")
+
+RUNS = [  # problem, CTAs, slots of the ring (None: as on the card)
+    ("small-t1-o8-iid-published-s0", 5, 9),
+    ("small-t8-o16-ties-model_like-s0", 3, 10),
+    ("small-t3-o-5-iid-model_like-s1", 7, None),
+    ("small_kimi-t8-o6-iid-published-s0", 2, 9),
+    ("small-t7-o8-no_local_work-model_like-s0", 3, 9),
+    ("small-t8-o8-one_expert-outlier-s0", 1, 9),
+]
+
+
+def twin(inputs: Inputs) -> torch.Tensor:
+    g = inputs.geometry
+    output = torch.full((inputs.seq_len, g.hidden_size), torch.nan, dtype=torch.bfloat16)
+    few_tokens_torch(*inputs.args(), output, g.top_k, g.n_group, g.topk_group)
+    return output
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize(("name", "blocks", "slots"), RUNS)
+def test_any_schedule_gives_the_twins_output(name: str, blocks: int, slots: int | None, tmp_path: Path) -> None:
+    inputs = make_inputs(Problem.parse(name))
+    kernel, want = OnHost(tmp_path, inputs, blocks, slots), twin(inputs)
+    outputs = []
+    for seed in range(2):
+        status, output, counters = kernel(inputs, seed)
+        assert status == 0, f"seed {seed}: {status} threads never end"
+        assert not counters.any(), "counters must be zero again"
+        outputs.append(output)
+    assert torch.equal(outputs[0].view(torch.int16), outputs[1].view(torch.int16)), "the schedule shows in the bytes"
+    # exp and the order of sums differ from the twin's: bf16's rounding may fall to either side (2^-8 of an element),
+    # and an e4m3 value of SwiGLU (2^-4 of it) in one of some hundred.
+    assert error(outputs[0], want) < 2**-7
+    assert bool(((outputs[0] == 0).all(1) == (want == 0).all(1)).all())
+
+
+def without(text: str, times: int = 1) -> Callable[[str], str]:
+    """The edit that leaves `text` out."""
+
+    def change(source: str) -> str:
+        assert source.count(text) == times, f"{source.count(text)} times in the source: {text}"
+        return source.replace(text, "")
+
+    return change
+
+
+def instead(text: str, other: str) -> Callable[[str], str]:
+    """The edit that puts `other` in the place of `text`."""
+
+    def change(source: str) -> str:
+        assert source.count(text) == 1, f"{source.count(text)} times in the source: {text}"
+        return source.replace(text, other)
+
+    return change
+
+
+BROKEN = {
+    "the ring's parity": instead("barrier_wait(empty + n % STAGES * 8, (n / STAGES & 1) ^ 1)", "(void)n"),
+    "nobody waits for gemm1": instead("load_acquire(p.counters + DONE_GEMM1) < shares", "false"),
+    "one slot is not released": instead("ring.release(n, TILE_SLOTS, lane)", "ring.release(n, TILE_SLOTS - 1, lane)"),
+    "a tile's parts are read too early": without(
+        "        math_sync();  // the other buffer's readers have come here too, so it is free\n"
+    ),
+    "shares overlap": instead(
+        "return int(u32(s) * u32(all) / gridDim.x);", "return s ? int(s * all / gridDim.x) - 1 : 0;"
+    ),
+    "gate and up swapped": instead("sum[t] * silu(sum[2 + t])", "sum[2 + t] * silu(sum[t])"),
+}
+
+
+@pytest.mark.parametrize("what", list(BROKEN))
+def test_a_broken_kernel_is_seen(what: str, tmp_path: Path) -> None:
+    inputs = make_inputs(Problem.parse("small-t8-o8-iid-published-s0"))
+    kernel, want = OnHost(tmp_path, inputs, 3, 9, BROKEN[what]), twin(inputs)
+    for seed in range(4):
+        status, output, counters = kernel(inputs, seed)
+        if status != 0 or bool(counters.any()) or not error(output, want) < 2**-7:
+            return
+    pytest.fail(f"{what}: not seen in four schedules")
