@@ -43,15 +43,20 @@ def test_the_twin_is_the_reference_under_its_recipe(preset: str, offset: int) ->
 @pytest.mark.parametrize("preset", FITTING)
 def test_presets_fit(preset: str) -> None:
     g = PRESETS[preset]
-    assert few.unfit(g.num_local_experts, g.hidden_size, g.intermediate_size, g.top_k, SMS) is None
+    assert few.unfit(g.num_experts, g.num_local_experts, g.hidden_size, g.intermediate_size, g.top_k, SMS) is None
 
 
 @pytest.mark.parametrize(
-    ("hidden", "inter", "reason"),
-    [(8320, 2048, "hidden_size is at most 8192"), (7168, 18432, "too large beside"), (1024, 14336, "twelve slots")],
+    ("experts", "hidden", "inter", "reason"),
+    [
+        (256, 8320, 2048, "hidden_size is at most 8192"),
+        (256, 7168, 18432, "too large beside"),
+        (256, 1024, 14336, "twelve slots"),
+        (1024, 256, 128, "the scores of 1024 experts"),
+    ],
 )
-def test_what_does_not_fit_says_why(hidden: int, inter: int, reason: str) -> None:
-    assert reason in str(few.unfit(32, hidden, inter, 8, SMS))
+def test_what_does_not_fit_says_why(experts: int, hidden: int, inter: int, reason: str) -> None:
+    assert reason in str(few.unfit(experts, 32, hidden, inter, 8, SMS))
 
 
 @needs_nvcc

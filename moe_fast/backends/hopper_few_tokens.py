@@ -47,7 +47,7 @@ def unsupported(geometry: Geometry, device: torch.device) -> str | None:
     from moe_fast.kernels.cuda_few_tokens import unfit
 
     g = geometry
-    sizes = (g.num_local_experts, g.hidden_size, g.intermediate_size, g.top_k)
+    sizes = (g.num_experts, g.num_local_experts, g.hidden_size, g.intermediate_size, g.top_k)
     reason = unfit(*sizes, target_of(device).sm_count)
     return f"its kernel is not made for {g.name}: {reason}" if reason else None
 

@@ -41,15 +41,18 @@ def ring(hidden: int, inter: int, local: int, top_k: int) -> tuple[int, int]:
     return min(24, (SHARED_BYTES - own) // slot), slot
 
 
-def unfit(local: int, hidden: int, inter: int, top_k: int, sm_count: int) -> str | None:
+def unfit(experts: int, local: int, hidden: int, inter: int, top_k: int, sm_count: int) -> str | None:
     """Why the kernel can't have these sizes, or None."""
-    part1, part2 = -(-hidden // 128 // 8), -(-inter // 128 // 8)
-    if part1 > 8:
+    part2 = -(-inter // 128 // 8)
+    if hidden > 8192:
         return f"hidden_size is at most 8192, got {hidden}"
     if 2 * -(-hidden // 16 // sm_count) * part2 > 32:
         return f"intermediate_size {inter} is too large beside hidden_size {hidden}"
-    if ring(hidden, inter, local, top_k)[0] < 12:
+    slots, slot = ring(hidden, inter, local, top_k)
+    if slots < 12:
         return f"twelve slots for intermediate_size {inter} do not fit shared memory"
+    if TOKENS * experts * 8 > slots * slot:
+        return f"the scores of {experts} experts do not fit beside hidden_size {hidden}"
     return None
 
 
