@@ -19,7 +19,7 @@ import torch
 from moe_fast.kernels.cuda_build import TensorMap, load, tensor_map
 from moe_fast.target import target_of
 
-THREADS = 384
+THREADS = 512
 DYNAMIC_SHARED = 212992
 MAX_EXPERTS = 512
 

@@ -8,8 +8,9 @@
 //
 // A tile is up to 128 tokens x 256 weight rows. A cluster of 2 CTAs takes two tiles at a time: the same weights and two
 // tiles of one expert's tokens, each CTA loading half of the weights for both; or, for the last tile of an odd number,
-// the same tokens and two different tiles of weights. A CTA is three warpgroups: one loads (weights by TMA, tokens by
-// cp.async, so that the gather costs nothing), two multiply, each 64 tokens with the weights in two waves of 128 rows:
+// the same tokens and two different tiles of weights. A CTA is four warpgroups: one loads tokens (by cp.async, so that
+// the gather costs nothing), one weights (by TMA) and scales, two multiply, each 64 tokens with the weights in two waves
+// of 128 rows:
 //
 //   gemm1  wave 0: 128 up rows, wave 1: the 128 gate rows of the same columns, so SwiGLU's pair and a whole block of
 //          re-quantisation meet in four neighbouring lanes
@@ -18,13 +19,14 @@
 // Weight rows are ordered so that each thread accumulates 8 neighbouring columns: matrix column 32a + 8j + 2q + b is
 // weight row 32a + 8q + 2j + b.
 //
-// Each 128-wide step of K is a product from zero, promoted into the fp32 sum with scale_token * scale_weight; the
-// loading warps multiply the two scales. gemm2's items come after gemm1's: a CTA that finds no more of the first begins
-// with the second, whose loads wait until the tile's rows are complete (tiles_done). Meanwhile the rows of output that no
-// expert writes are overwritten with zeros. Items come from a counter in global memory: sizes may be any, the grid is
-// fixed, and the host never knows the counts.
+// Each 128-wide step of K is a product from zero, promoted into the fp32 sum with scale_token * scale_weight, which the
+// loading warps multiply. gemm2's items come after gemm1's: a CTA that finds no more of the first begins with the second,
+// whose loads wait until the tile's rows are complete (tiles_done). Meanwhile the rows of output that no expert writes
+// are overwritten with zeros. Items come from a counter in global memory: sizes may be any, the grid is fixed, and the
+// host never knows the counts.
 #include "epilogue.cuh"
-#include "load.cuh"
+#include "load_tokens.cuh"
+#include "load_weights.cuh"
 #include "multiply.cuh"
 
 INLINE void compute_items(const Params& p, u32 base) {
@@ -83,7 +85,7 @@ INLINE void fill_tables(const Params& p, const Tables& tables) {
     }
 }
 
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(MATH_THREADS + LOAD_THREADS, 1)
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
     grouped_gemm_kernel(const __grid_constant__ TensorMap map1, const __grid_constant__ TensorMap map2,
                         const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) u8 shared[];
@@ -107,16 +109,20 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(MAT
         barrier_init_fence();
     }
     if (threadIdx.x < 32) fill_tables(p, tables);
-    if (threadIdx.x >= MATH_THREADS) store_shared4i(base + ZEROS_AT + (threadIdx.x - MATH_THREADS) * 16, 0, 0, 0, 0);
+    if (threadIdx.x < ZERO_BYTES / 16) store_shared4i(base + ZEROS_AT + threadIdx.x * 16, 0, 0, 0, 0);
     async_proxy_fence();  // the zeros are read by bulk copies
     if (CLUSTER > 1) cluster_sync();
     else __syncthreads();
 
-    if (threadIdx.x >= MATH_THREADS) {
-        registers_down<72>();
-        Loader{&map1, &map2, p, tables, base, CLUSTER > 1 ? cluster_rank() : 0, int(threadIdx.x) - MATH_THREADS}.run();
+    const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
+    if (threadIdx.x >= MATH_THREADS + LOAD_THREADS) {
+        registers_down<WEIGHT_REGISTERS>();
+        WeightLoader{{p, tables, base, rank, int(threadIdx.x) - MATH_THREADS - LOAD_THREADS}, &map1, &map2}.run();
+    } else if (threadIdx.x >= MATH_THREADS) {
+        registers_down<TOKEN_REGISTERS>();
+        TokenLoader{{p, tables, base, rank, int(threadIdx.x) - MATH_THREADS}}.run();
     } else {
-        registers_up<216>();
+        registers_up<MATH_REGISTERS>();
         compute_items(p, base);
     }
     __syncwarp();
@@ -125,4 +131,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(MAT
 }
 
 static_assert(SHARED_BYTES <= DYNAMIC_SHARED, "the launch asks for DYNAMIC_SHARED bytes");
-static_assert(ZERO_BYTES == LOAD_THREADS * 16, "each loading thread writes 16 bytes of zeros");
+static_assert(ZERO_BYTES <= THREADS * 16, "a thread writes 16 bytes of zeros");
+// With more the launch would hang: what the loading warps give back is all that the others can get.
+static_assert(MATH_THREADS * MATH_REGISTERS + LOAD_THREADS * (TOKEN_REGISTERS + WEIGHT_REGISTERS) <=
+                  THREADS * (65536 / THREADS / 8 * 8),
+              "registers at launch");

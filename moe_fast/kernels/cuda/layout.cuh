@@ -12,10 +12,14 @@
 constexpr int STAGES = 4;
 constexpr int TILE_TOKENS = 128;
 constexpr int MATH_THREADS = 256;
-constexpr int LOAD_THREADS = 128;
+constexpr int LOAD_THREADS = 128;  // of each of the two loading warpgroups
+constexpr int THREADS = MATH_THREADS + 2 * LOAD_THREADS;
+constexpr int MATH_REGISTERS = 200, TOKEN_REGISTERS = 64, WEIGHT_REGISTERS = 48;
 constexpr int MAX_EXPERTS = 512;
-constexpr int MAIL_SLOTS = 8;  // items that may be under way: more than STAGES, for an item may be one stage
-constexpr int AHEAD = 2;  // steps of K
+// Items that may be under way: more than STAGES, for an item may be one stage. The loading warpgroups go their own ways,
+// but neither gets more than STAGES stages ahead of the other.
+constexpr int MAIL_SLOTS = 8;
+constexpr int SCALES_AHEAD = 2;  // steps of K that a token's scale is asked for before it is stored
 
 constexpr int WEIGHT_BYTES = 256 * 128;
 constexpr int TOKEN_BYTES = TILE_TOKENS * 128;
