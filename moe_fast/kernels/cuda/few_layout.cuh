@@ -36,7 +36,7 @@ constexpr int TILE_SLOTS = 8;
 constexpr int ROW1 = HIDDEN + 64, ROW2 = INTER + 64;
 constexpr int SLOT = 2 * ROW1 > 8 * ROW2 ? 2 * ROW1 : 8 * ROW2;
 static_assert(PART1 <= 16 && 2 * PAIRS * PART2 <= 32, "a warp's scales must fit its lanes");
-static_assert(STAGES > TILE_SLOTS, "more than one tile of gemm1");
+static_assert(STAGES > TILE_SLOTS && SHORT_QUEUE > TILE_SLOTS, "more than one tile of gemm1");
 static_assert(MAX_HITS <= THREADS && WORDS <= THREADS && STAGES <= THREADS, "a thread each");
 
 enum { DRAWN_GEMM1, DONE_GEMM1, DRAWN_GEMM2, LEFT };
@@ -60,7 +60,11 @@ struct Ring {
     INLINE u32 slot(int n) const { return slots + n % STAGES * SLOT; }
     INLINE u32 full_bar(int n) const { return full + n % STAGES * 8; }
     INLINE void await_full(int n) const { barrier_wait(full_bar(n), n / STAGES & 1); }
-    INLINE void await_empty(int n) const { barrier_wait(empty + n % STAGES * 8, (n / STAGES & 1) ^ 1); }
+    // Slot n has been read as often as it was filled, and at most `flying` slots before it have not been read.
+    INLINE void await_empty(int n, int flying) const {
+        const int read = n - flying;  // the last slot that must have been read
+        if (read >= 0) barrier_wait(empty + read % STAGES * 8, read / STAGES & 1);
+    }
     // This warp has read `count` slots.
     INLINE void release(int n, int count, int lane) const {
         __syncwarp();
