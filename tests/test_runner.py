@@ -1,4 +1,4 @@
-"""Candidates that behave in every bad way: each gets a clear record, and the next problem runs."""
+"""Candidates that end or block their process or can't be loaded: each gets a clear record, the next problem runs."""
 
 from __future__ import annotations
 
@@ -9,179 +9,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from runner_candidates import NAME, TEN, Case, case_in
 
 from moe_fast.backends import backends
-from moeref.inputs import Inputs
-from moeref.interop import observe
 from moeref.interop.candidates import CandidateError
 from moeref.interop.child import TAIL_LINES
-from moeref.interop.runner import CandidateRun, Runner
+from moeref.interop.runner import Runner
 from moeref.interop.shared_inputs import OutputWriter, Place, SharedFile, SharedInputs, open_shared, written_to
 from moeref.make import make_inputs
 from moeref.reference import moe
 from moeref.spec import PRESETS, Problem
 
-NAME = "small-t9-o8-iid-model_like-s0"
-TEN = "logits, bias, x, x_scale, w1, w1_scale, w2, w2_scale, offset, factor"
-GROUPS = "n_group, topk_group, top_k"
-
-# One file holds them all. `chosen` does as the one whose number is the scaling factor, so that one process serves many.
-FILE = f"""
-import ctypes, os, sys, threading, time
-import numpy
-import torch
-from moeref.inputs import Inputs
-from moeref.reference import moe
-from moeref.spec import Geometry
-
-def right({TEN}, *, {GROUPS}):
-    g = Geometry(logits.shape[1], w2.shape[0], w2.shape[1], w2.shape[2], top_k, n_group, topk_group)
-    return moe(Inputs({TEN}, g)).output
-
-def right_out({TEN}, out, *, {GROUPS}):
-    out.copy_(right({TEN}, n_group=n_group, topk_group=topk_group, top_k=top_k))
-
-def trace({TEN}, *, {GROUPS}):
-    g = Geometry(logits.shape[1], w2.shape[0], w2.shape[1], w2.shape[2], top_k, n_group, topk_group)
-    return moe(Inputs({TEN}, g))
-
-def zeros(x):
-    return torch.zeros(x.shape, dtype=torch.bfloat16)
-
-def raises(*ten): raise ValueError("this is\\nmine")
-def exits(*ten): sys.exit(3)
-def interrupts(*ten): raise GeneratorExit
-def os_exits(*ten): os._exit(7)
-def segfaults(*ten): ctypes.string_at(0)
-def aborts(*ten): os.abort()
-def kills(*ten): os.kill(os.getpid(), 9)
-def hangs(*ten): time.sleep(600)
-def hangs_printing(*ten):
-    while True: print("x" * 1000)
-def nothing(*ten): return None
-def number(*ten): return 3.5
-def pair(*ten): return zeros(ten[2]), 1
-def array(*ten): return numpy.zeros(ten[2].shape)
-def sparse(*ten): return torch.zeros(9, 256).to_sparse()
-def meta(*ten): return torch.zeros(9, 256, device="meta")
-def wrong_shape(*ten): return torch.zeros(3, 5, dtype=torch.float64)
-def enormous(*ten): return torch.zeros(1, dtype=torch.bfloat16).expand(1 << 20, 1 << 20)
-def transposed(*ten): return torch.zeros(256, 9, dtype=torch.bfloat16).T
-def with_gradient(*ten): return zeros(ten[2]).requires_grad_()
-def too_few(a, b): return a
-def memory(*ten): return torch.empty(1 << 60)
-
-def prints(*ten):
-    for i in range(200000): print("line", i)
-    print("to stderr", file=sys.stderr)
-    raise RuntimeError("after printing")
-
-def closes(*ten):
-    for fd in (1, 2):
-        try: os.close(fd)
-        except OSError: pass
-    return zeros(ten[2])
-
-def closes_everything(*ten):
-    os.closerange(0, 1000)
-    time.sleep(600)
-
-def threads(*ten):
-    for daemon in (True, False):
-        threading.Thread(target=time.sleep, args=(600,), daemon=daemon).start()
-    return zeros(ten[2])
-
-def children(*ten):
-    import subprocess
-    child = subprocess.Popen(["sleep", "600"])
-    raise RuntimeError(f"child {{child.pid}}")
-
-def forks(*ten):
-    if os.fork() == 0:
-        time.sleep(600)
-    os._exit(7)
-
-def mutates({TEN}):
-    bias += 1
-    w1.view(torch.uint8)[3, 5, 7] ^= 1
-    return zeros(x)
-
-def mutates_nothing({TEN}):
-    bias.copy_(bias.clone())
-    return zeros(x)
-
-def reshapes({TEN}):
-    logits.t_(); x.resize_(1, 1)
-    return torch.zeros(9, 256, dtype=torch.bfloat16)
-
-def view({TEN}): return w2.view(torch.bfloat16)[0, :9, :]
-def numpy_view({TEN}): return torch.from_numpy(x_scale.numpy().view(numpy.int16)).view(torch.bfloat16)
-
-STATIC = {{}}
-def static({TEN}):
-    if 0 not in STATIC: STATIC[0] = zeros(x)
-    return STATIC[0]
-
-def late({TEN}, out):
-    if 1 in STATIC: STATIC[1].fill_(5)
-    STATIC[1] = out.zero_()
-
-def ignores_out({TEN}, out): return zeros(x)
-
-def keeps_poison({TEN}, out): out[1:] = 0
-
-def random({TEN}): return torch.randn(x.shape).bfloat16()
-random.MOEREF = {{"deterministic": True, "recipe": "requant"}}
-
-def chosen({TEN}): return FUNCTIONS[int(factor)]({TEN})
-
-FUNCTIONS = [value for value in list(globals().values()) if getattr(value, "__module__", "") == __name__]
-"""
-NAMES = re.findall(r"^def (\w+)", FILE, re.M)
-
-
-@dataclass
-class Case:
-    inputs: Inputs
-    file: Path
-    worker: Runner  # runs `chosen`
-
-    def here(self, function: str, trials: int = 1) -> CandidateRun:
-        """In this process."""
-        with Runner(f"{self.file}:{function}", isolate=False) as runner:
-            return runner.run(self.inputs, trials=trials)
-
-    def there(self, function: str) -> CandidateRun:
-        """In the worker that most tests share."""
-        return self.worker.run(replace(self.inputs, routed_scaling_factor=float(NAMES.index(function))))
-
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
-    file = tmp_path_factory.mktemp("candidates") / "mine.py"
-    file.write_text(FILE)
-    inputs = make_inputs(Problem.parse(NAME))
-    before = {name: tensor.clone() for name, tensor in inputs.tensors().items()}
-    with Runner(f"{file}:chosen", timeout=1, load_timeout=60) as worker:
-        yield Case(inputs, file, worker)
-    for name, tensor in inputs.tensors().items():
-        assert torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8)), name
-
-
-@pytest.mark.parametrize("function", ["right", "right_out"])
-def test_a_right_candidate(case: Case, function: str) -> None:
-    run = case.here(function, trials=2)
-    assert (run.status, run.message, run.poisoned) == ("ok", "", function == "right_out")
-    expected = moe(case.inputs).output
-    assert len(run.outputs) == len(run.seconds) == 4
-    assert all(torch.equal(output, expected) and output.dtype == torch.bfloat16 for output in run.outputs)
-    assert not (run.changed_inputs or run.aliased_inputs or run.overwritten_result or run.notes)
-    assert (run.recipe, run.deterministic) == ("auto", False)
+    with case_in(tmp_path_factory.mktemp("candidates") / "mine.py") as case:
+        yield case
 
 
 def test_one_process_serves_many_problems_and_reads_shared_inputs() -> None:
@@ -201,45 +49,6 @@ def test_moe_fast_stands_for_its_pick() -> None:
     with Runner("moe_fast", isolate=False) as runner:
         run = runner.run(make_inputs(Problem.parse(NAME)))
     assert (run.status, run.recipe, run.deterministic) == ("ok", "exact", True)
-
-
-IN_PROCESS = {
-    "raises": ("error", r"call 1: raised ValueError: this is mine \(.*mine.py, line \d+, in raises\)"),
-    "exits": ("error", r"call 1: called sys.exit\(3\)"),
-    "interrupts": ("error", "call 1: raised GeneratorExit"),
-    "nothing": ("error", r"call 1: returned None, expected a bfloat16 tensor \[9, 256\] on cpu; .*'out'"),
-    "number": ("error", "returned a builtins.float, expected a bfloat16 tensor"),
-    "pair": ("error", "returned a builtins.tuple of Tensor, int, expected"),
-    "array": ("error", "returned a numpy.ndarray, expected"),
-    "sparse": ("error", "layout torch.sparse_coo"),
-    "meta": ("error", "returned a tensor on meta, expected .* on cpu"),
-    "too_few": ("error", "raised TypeError: too_few.* takes 2 positional arguments but 10 were given"),
-    "memory": ("error", "ran out of memory|raised RuntimeError"),
-    "wrong_shape": ("ok", ""),
-    "enormous": ("ok", ""),
-    "with_gradient": ("ok", ""),
-}
-
-
-@pytest.mark.parametrize("function", IN_PROCESS)
-def test_what_python_can_survive(case: Case, function: str) -> None:
-    status, message = IN_PROCESS[function]
-    run = case.here(function)
-    assert run.status == status, run.message
-    assert re.search(message, run.message), run.message
-    assert "Traceback" not in run.message and "\n" not in run.message
-    assert ("Traceback" in run.traceback) == (status == "error")
-
-
-@pytest.mark.parametrize("function", ["raises", "exits", "nothing", "wrong_shape", "enormous"])
-def test_some_of_them_in_one_worker_too(case: Case, function: str) -> None:
-    status, message = IN_PROCESS[function]
-    run = case.there(function)
-    assert run.status == status and re.search(message, run.message), run.message
-    if function == "wrong_shape":
-        assert (run.outputs[0].shape, run.outputs[0].dtype) == ((3, 5), torch.float64)
-    if function == "enormous":  # shape and dtype alone
-        assert [(one.shape, one.dtype) for one in run.outputs] == [((1 << 20, 1 << 20), torch.bfloat16)]
 
 
 # the process ends with each of these, and another serves the next
@@ -314,45 +123,6 @@ def test_the_worker_ends_when_its_parent_dies(case: Case) -> None:
     assert not _runs(pid)
 
 
-@pytest.mark.parametrize("where", ["here", "there"])
-def test_inputs_that_are_written_to(case: Case, where: str) -> None:
-    run = getattr(case, where)("mutates")
-    assert run.status == "ok" and sorted(run.changed_inputs) == ["gemm1_weights", "routing_bias"]
-    run = getattr(case, where)("mutates_nothing")
-    assert run.status == "ok" and run.changed_inputs == []
-    assert case.here("reshapes").changed_inputs == []
-
-
-@pytest.mark.parametrize(("function", "name"), [("view", "gemm2_weights"), ("numpy_view", "hidden_states_scale")])
-def test_a_view_of_an_input(case: Case, function: str, name: str) -> None:
-    run = case.here(function)
-    assert run.status == "ok" and run.aliased_inputs == [name], run.message
-
-
-@pytest.mark.parametrize("function", ["static", "late"])
-def test_a_result_that_a_later_call_touches(case: Case, function: str) -> None:
-    assert case.here(function).overwritten_result
-
-
-def test_notes(case: Case) -> None:
-    assert "the buffer is judged" in case.here("ignores_out").notes[0]
-    assert "not contiguous" in case.here("transposed").notes[0]
-    run = case.here("trace")
-    assert run.notes == ["returned a Trace: its output is judged"]
-    assert torch.equal(run.outputs[0], moe(case.inputs).output)
-
-
-def test_poison_shows_what_is_not_written(case: Case) -> None:
-    run = case.here("keeps_poison")
-    first, second = run.outputs
-    assert run.poisoned and first[0].isnan().all() and bool((second[0] == 1e4).all()) and not first[1:].any()
-
-
-def test_declarations_arrive(case: Case) -> None:
-    run = case.here("random")
-    assert (run.recipe, run.deterministic) == ("requant", True) and not torch.equal(*run.outputs)
-
-
 def test_an_unsupported_candidate_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reason = "needs 9 GPUs"
     broken = replace(backends()["reference"], unsupported=lambda geometry, device: reason)
@@ -389,16 +159,6 @@ def test_a_candidate_that_does_not_exist(tmp_path: Path, case: Case) -> None:
         case.here("rite")
     with Runner(f"{case.file}:rite") as runner, pytest.raises(CandidateError, match=r"did you mean right"):
         runner.run(case.inputs)
-
-
-def test_memory_running_out_is_said() -> None:
-    errors = (
-        MemoryError(),
-        RuntimeError("CUDA error: out of memory"),
-        RuntimeError("can't allocate memory: you tried"),
-    )
-    assert all(observe.is_out_of_memory(error) for error in errors)
-    assert not observe.is_out_of_memory(ValueError("out of memory"))
 
 
 def test_shared_memory_is_private_to_the_reader_and_knows_what_was_written() -> None:
