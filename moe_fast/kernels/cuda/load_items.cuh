@@ -19,6 +19,9 @@ struct Items {
     INLINE void advance() {
         if (++stage == STAGES) stage = 0, parity ^= 1;
     }
+    // What one thread alone needs lies in shared memory, for registers are short: the item after the next (weights'
+    // loader), and the idle tokens' place, end and next one (tokens').
+    enum { DRAWN = 0, IDLE = 4, IDLE_END = 8, IDLE_TOKEN = 12 };  // offsets from NOTES_AT
     INLINE int note(int at) const { return load_shared_int(base + NOTES_AT + at); }
     INLINE void set_note(int at, int value) const { store_shared_int(base + NOTES_AT + at, value); }
 

@@ -3,9 +3,7 @@
 #include "load_items.cuh"
 
 struct TokenLoader : Items {
-    // What one thread alone needs lies in shared memory, for registers are short.
     static constexpr int ZEROER = 32;  // the thread that overwrites idle tokens
-    static constexpr int IDLE = 4, IDLE_END = 8, IDLE_TOKEN = 12;  // offsets from NOTES_AT
 
     // The CTA's next idle token; the one after it is asked for.
     INLINE void zero_idle_token() const {

@@ -4,7 +4,6 @@
 
 struct WeightLoader : Items {
     const TensorMap *map1, *map2;  // gemm1_weights, gemm2_weights
-    static constexpr int DRAWN = 0;  // offset from NOTES_AT
 
     // The two waves' boxes of a stage's weights, 128 rows each; where they are shared, each CTA loads one for both.
     template <int PHASE>
