@@ -92,10 +92,19 @@ BROKEN = {
 
 @pytest.mark.parametrize("what", list(BROKEN))
 def test_a_broken_kernel_is_seen(what: str, tmp_path: Path) -> None:
-    inputs = make_inputs(Problem.parse("small-t8-o8-iid-published-s0"))
-    kernel, want = OnHost(tmp_path, inputs, 3, 9, BROKEN[what]), twin(inputs)
+    assert seen("small-t8-o8-iid-published-s0", 3, 9, BROKEN[what], tmp_path), f"{what}: not seen in four schedules"
+
+
+def test_a_short_queue_that_does_not_wait_is_seen(tmp_path: Path) -> None:
+    assert seen(*RUNS[1], BROKEN["the ring's parity"], tmp_path)
+
+
+def seen(name: str, blocks: int, slots: int | None, change: Callable[[str], str], folder: Path) -> bool:
+    """Whether one of four schedules shows that the changed kernel is wrong."""
+    inputs = make_inputs(Problem.parse(name))
+    kernel, want = OnHost(folder, inputs, blocks, slots, change), twin(inputs)
     for seed in range(4):
         status, output, counters = kernel(inputs, seed)
         if status != 0 or bool(counters.any()) or not error(output, want) < 2**-7:
-            return
-    pytest.fail(f"{what}: not seen in four schedules")
+            return True
+    return False

@@ -60,9 +60,9 @@ struct Ring {
     INLINE u32 slot(int n) const { return slots + n % STAGES * SLOT; }
     INLINE u32 full_bar(int n) const { return full + n % STAGES * 8; }
     INLINE void await_full(int n) const { barrier_wait(full_bar(n), n / STAGES & 1); }
-    // Slot n has been read as often as it was filled, and at most `flying` slots before it have not been read.
-    INLINE void await_empty(int n, int flying) const {
-        const int read = n - flying;  // the last slot that must have been read
+    // Slot n has been read as often as it was filled, and at most `in_flight` slots before it have not been read.
+    INLINE void await_empty(int n, int in_flight) const {
+        const int read = n - in_flight;  // the last slot that must have been read
         if (read >= 0) barrier_wait(empty + read % STAGES * 8, read / STAGES & 1);
     }
     // This warp has read `count` slots.

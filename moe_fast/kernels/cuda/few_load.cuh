@@ -2,13 +2,13 @@
 #pragma once
 #include "few_layout.cuh"
 
-INLINE void load_gemm1_tile(const Params& p, const Shared& s, const Ring& ring, int tile, int& n, int flying,
+INLINE void load_gemm1_tile(const Params& p, const Shared& s, const Ring& ring, int tile, int& n, int in_flight,
                             int lane, u64 policy) {
     const u8* up = p.gemm1_weights + (i64(s.expert[tile / TILES]) * 2 * INTER + tile % TILES * 8) * HIDDEN;
 #pragma unroll 1
     for (int i = 0; i < TILE_SLOTS; ++i, ++n) {
         if (lane == 0) {
-            ring.await_empty(n, flying);
+            ring.await_empty(n, in_flight);
             barrier_arrive_expect(ring.full_bar(n), 2 * HIDDEN);
         }
         __syncwarp();
@@ -19,10 +19,10 @@ INLINE void load_gemm1_tile(const Params& p, const Shared& s, const Ring& ring, 
     }
 }
 
-INLINE void load_gemm2_tile(const Params& p, int expert, const Ring& ring, int tile, int& n, int flying, int lane,
+INLINE void load_gemm2_tile(const Params& p, int expert, const Ring& ring, int tile, int& n, int in_flight, int lane,
                             u64 policy) {
     if (lane == 0) {
-        ring.await_empty(n, flying);
+        ring.await_empty(n, in_flight);
         barrier_arrive_expect(ring.full_bar(n), 8 * INTER);
     }
     __syncwarp();
@@ -48,14 +48,14 @@ INLINE int draw(const Params& p, Shared& s, int which, int& draws, int lane) {
 
 INLINE void load_everything(const Params& p, Shared& s, const Ring& ring, int lane) {
     const u64 policy = s.hits <= EVICT_FIRST_HITS ? evict_first_policy() : evict_normal_policy();
-    const int flying = s.hits <= SHORT_QUEUE_HITS && SHORT_QUEUE < STAGES ? SHORT_QUEUE : STAGES;
+    const int in_flight = s.hits <= SHORT_QUEUE_HITS && SHORT_QUEUE < STAGES ? SHORT_QUEUE : STAGES;
     const int shares = gridDim.x;
     int n = 0, draws = 0;
     for (int share = s.first[0]; share < shares; share = draw(p, s, DRAWN_GEMM1, draws, lane)) {
         const int end = share_begin(share + 1, s.hits * TILES);
 #pragma unroll 1
         for (int tile = share_begin(share, s.hits * TILES); tile < end; ++tile) {
-            load_gemm1_tile(p, s, ring, tile, n, flying, lane, policy);
+            load_gemm1_tile(p, s, ring, tile, n, in_flight, lane, policy);
         }
     }
     for (int share = s.first[1]; share < shares; share = draw(p, s, DRAWN_GEMM2, draws, lane)) {
@@ -63,7 +63,7 @@ INLINE void load_everything(const Params& p, Shared& s, const Ring& ring, int la
         for (int hit = 0; hit < s.hits; ++hit) {
 #pragma unroll 1
             for (int tile = begin; tile < end; ++tile) {
-                load_gemm2_tile(p, s.expert[hit], ring, tile, n, flying, lane, policy);
+                load_gemm2_tile(p, s.expert[hit], ring, tile, n, in_flight, lane, policy);
             }
         }
     }

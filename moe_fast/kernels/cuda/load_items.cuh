@@ -56,6 +56,7 @@ struct Items {
         }
     }
 
+    // Both loaders go through the items of gemm1, then of gemm2, by load_item<phase>(items of both).
     INLINE int items(int phase) const { return tables.items(phase, p.experts); }
     INLINE void first_item() {  // the first two items are given, the others drawn
         item = blockIdx.x / CLUSTER;
