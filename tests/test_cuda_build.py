@@ -51,9 +51,9 @@ def test_grouped_gemm_compiles_to_fp8_wgmma_without_spills(cluster: int, tmp_pat
 
 
 @needs_nvcc
-@pytest.mark.parametrize("wide", [False, True])
-def test_combine_compiles_without_spills(wide: bool) -> None:
-    flags = [f"{key}={value}" for key, value in cuda_combine.defines(8, wide)]
+@pytest.mark.parametrize("top_k", [1, 4, 8])
+def test_combine_compiles_without_spills(top_k: int) -> None:
+    flags = [f"{key}={value}" for key, value in cuda_combine.defines(top_k)]
     _, report = compile_nvcc(source_text("combine.cu"), flags, ARCH)
     assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}, report
 
@@ -61,12 +61,12 @@ def test_combine_compiles_without_spills(wide: bool) -> None:
 @needs_nvcc
 def test_cubin_is_kept_and_keyed_by_its_defines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_FAST_CACHE", str(tmp_path))
-    first = cubin("combine.cu", {"TOP_K": 8, "WIDE": 0})
+    first = cubin("combine.cu", {"TOP_K": 8, "CTAS_PER_SM": 5})
     kept = list(tmp_path.iterdir())
     assert len(kept) == 1 and kept[0].read_bytes() == first
     kept[0].write_bytes(b"kept")
-    assert cubin("combine.cu", {"TOP_K": 8, "WIDE": 0}) == b"kept"
-    cubin("combine.cu", {"TOP_K": 4, "WIDE": 0})
+    assert cubin("combine.cu", {"TOP_K": 8, "CTAS_PER_SM": 5}) == b"kept"
+    cubin("combine.cu", {"TOP_K": 4, "CTAS_PER_SM": 5})
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -113,15 +113,16 @@ def test_twins_against_a_loop() -> None:
     requantized, scale = torch.zeros(6, 128).to(FP8), torch.full((1, 6), torch.nan)
     gemm2_out, counters = torch.full((6, 256), torch.nan), torch.zeros(2, dtype=torch.int32)
     output = torch.ones(5, 256, dtype=torch.bfloat16)
-    idle = cuda_grouped_gemm.Idle(
-        torch.tensor([2, 3, -9, -9, -9], dtype=torch.int32), torch.tensor([2], dtype=torch.int32), output
-    )
+    idle = torch.tensor([2, 3, -9, -9, -9], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
+    targets = torch.full((6, 2), -1, dtype=torch.int32)
+    targets[0] = torch.tensor([1, torch.tensor(0.75).view(torch.int32).item()])  # row 0 is all of token 1
+    direct = cuda_grouped_gemm.Direct(output, targets, *idle)
     cuda_grouped_gemm.grouped_gemms_torch(
         case["hidden_states"], case["hidden_states_scale"], case["gemm1_weights"], case["gemm1_weights_scale"],
         case["gemm2_weights"], case["gemm2_weights_scale"], case["index"], case["offsets"], requantized, scale,
-        gemm2_out, torch.zeros(0, dtype=torch.int32), counters, idle,
+        gemm2_out, torch.zeros(0, dtype=torch.int32), counters, direct,
     )  # fmt: skip
-    assert (output[2:4] == 0).all() and (output[[0, 1, 4]] == 1).all()
+    assert (output[2:4] == 0).all() and (output[[0, 4]] == 1).all() and gemm2_out[0].isnan().all()
     assert gemm2_out[4:].isnan().all() and scale[:, 4:].isnan().all()
     for expert in range(3):
         if bounds[expert] == bounds[expert + 1]:
@@ -139,22 +140,17 @@ def test_twins_against_a_loop() -> None:
             assert (
                 real - swiglu
             ).abs().max().item() <= amax / 448 * 16.1  # half a spacing of e4m3 at 448, and rounding
-            torch.testing.assert_close(gemm2_out[row].double(), w2 @ real, rtol=1e-4, atol=1e-4 * amax)
+            if row == 0:
+                torch.testing.assert_close(output[1].double(), 0.75 * (w2 @ real), rtol=2**-8, atol=1e-4 * amax)
+            else:
+                torch.testing.assert_close(gemm2_out[row].double(), w2 @ real, rtol=1e-4, atol=1e-4 * amax)
 
 
-def test_twin_of_combine_sums_ascending_and_leaves_idle_tokens_zero() -> None:
+def test_twin_of_combine_sums_the_listed_tokens() -> None:
     gemm2_out = torch.tensor([[1.0, 2.0], [10.0, 20.0], [float("nan"), float("nan")]])
-    token_rows = torch.tensor([[1, 0], [-1, -1], [-1, 1]], dtype=torch.int32)
-    weights = torch.tensor([[0.5, 2.0], [1.0, 1.0], [1.0, 3.0]])
-    output = torch.full((3, 2), torch.nan, dtype=torch.bfloat16)
-    cuda_combine.combine_torch(gemm2_out, weights, token_rows, output)
-    assert output.tolist() == [[7.0, 14.0], [0.0, 0.0], [30.0, 60.0]]
-
-
-def test_twin_of_combine_keeps_to_its_window_and_skips_idle_tokens() -> None:
-    gemm2_out = torch.tensor([[1.0, 2.0], [10.0, 20.0]])
-    token_rows = torch.tensor([[0], [-1], [1], [0]], dtype=torch.int32)
-    output = torch.full((4, 2), 7.0, dtype=torch.bfloat16)
-    window = torch.tensor([1, 3], dtype=torch.int32)
-    cuda_combine.combine_torch(gemm2_out, torch.ones(4, 1), token_rows, output, window, skip_idle=True)
-    assert output.tolist() == [[7.0, 7.0], [7.0, 7.0], [10.0, 20.0], [7.0, 7.0]]
+    token_rows = torch.tensor([[0, 1], [-1, -1], [1, -1], [0, -1]], dtype=torch.int32)
+    weights = torch.tensor([[2.0, 0.5], [1.0, 1.0], [3.0, torch.nan], [1.0, 1.0]])
+    output = torch.full((4, 2), 5.0, dtype=torch.bfloat16)
+    tokens = torch.tensor([3, 0, 2, 1], dtype=torch.int32)
+    cuda_combine.combine_torch(gemm2_out, weights, token_rows, tokens, torch.tensor([1, 4]), output)
+    assert output.tolist() == [[7.0, 14.0], [0.0, 0.0], [30.0, 60.0], [5.0, 5.0]]

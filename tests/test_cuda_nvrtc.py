@@ -12,8 +12,8 @@ nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not 
 VARIANTS = [
     ("grouped_gemm.cu", cuda_grouped_gemm.defines(1)),
     ("grouped_gemm.cu", cuda_grouped_gemm.defines(2)),
-    ("combine.cu", cuda_combine.defines(8, False)),
-    ("combine.cu", cuda_combine.defines(8, True)),
+    ("combine.cu", cuda_combine.defines(8)),
+    ("combine.cu", cuda_combine.defines(1)),
     ("route.cu", cuda_route.route_defines(256, 8, 4, 8, 32)),
     ("place.cu", cuda_route.place_defines(8, 32)),
     ("few_tokens.cu", cuda_few_tokens.defines(256, 8, 4, 8, 32, 7168, 2048, 132)),

@@ -41,18 +41,21 @@ def run_both(
         "topk_ids": ints(tokens, top_k, device=device),
         "topk_weights": torch.full((tokens, top_k), torch.nan, device=device),
         "token_rows": ints(tokens, top_k, device=device),
+        "token_weights": torch.full((tokens, top_k), torch.nan, device=device),
         "local_mask": ints(cuda_route.mask_words(local), tokens, device=device),
         "permuted_idx_to_token_idx": ints(windows.count, windows.capacity, device=device),
+        "row_targets": ints(windows.count, windows.capacity, 2, device=device),
         "expert_offsets": ints(windows.count, local + 1, device=device),
-        "window_tokens": ints(windows.count + 1, device=device),
+        "combine_tokens": ints(tokens, device=device),
+        "combine_offsets": ints(windows.count + 1, device=device),
         "idle_tokens": ints(tokens, device=device),
         "idle_count": ints(1, device=device),
         "tiles_done": ints(9, device=device),
     }
     first = ("routing_logits", "routing_bias", "topk_ids", "topk_weights", "token_rows", "local_mask")
     second = (
-        "local_mask", "topk_ids", "token_rows", "permuted_idx_to_token_idx", "expert_offsets", "window_tokens",
-        "idle_tokens", "idle_count", "tiles_done",
+        "local_mask", "topk_ids", "topk_weights", "token_rows", "token_weights", "permuted_idx_to_token_idx",
+        "row_targets", "expert_offsets", "combine_tokens", "combine_offsets", "idle_tokens", "idle_count", "tiles_done",
     )  # fmt: skip
     route = cuda_route.route_torch if twin else cuda_route.route
     place = cuda_route.place_torch if twin else cuda_route.place
@@ -93,15 +96,26 @@ def test_twins_agree_with_the_reference(shape: Geometry, data: st.DataObject) ->
     check_rows(made, shape, offset)
 
 
+def window_bounds(rows: list[int], windows: int, slack: int) -> list[int]:
+    """First token of each window, and the token count: a window a multiple of slack in the rows of earlier groups."""
+    bounds = [0] + [len(rows)] * windows
+    for begin in reversed(range(0, len(rows), GROUP_TOKENS)):
+        bounds[sum(rows[:begin]) // slack if windows > 1 else 0] = begin
+    return bounds
+
+
 def check_rows(made: dict[str, torch.Tensor], shape: Geometry, offset: int) -> None:
     """Windows cover the tokens once, each a permutation of the reference's, and nothing else is written."""
     ids, local = made["topk_ids"].long(), shape.num_local_experts
-    bounds = made["window_tokens"].tolist()
-    assert bounds[0] == 0 and bounds[-1] == len(ids) and bounds == sorted(bounds)
-    capacity = made["permuted_idx_to_token_idx"].shape[1]
-    for window in range(len(bounds) - 1):
+    count, capacity = made["permuted_idx_to_token_idx"].shape
+    here = (ids >= offset) & (ids < offset + local)
+    bounds = window_bounds(here.sum(1).tolist(), count, capacity - GROUP_TOKENS * min(shape.top_k, local))
+    several = (here.sum(1) >= 2).nonzero().squeeze(1)
+    assert made["combine_offsets"].tolist() == [int((several < begin).sum()) for begin in bounds]
+    assert torch.equal(made["combine_tokens"][: len(several)].long(), several)
+    assert (made["combine_tokens"][len(several) :] == POISON).all()
+    for window in range(count):
         begin, end = bounds[window], bounds[window + 1]
-        assert begin % GROUP_TOKENS == 0 or begin == len(ids)
         want = reference.permute(ids[begin:end], shape, offset)
         rows = len(want.permuted_idx_to_token_idx)
         assert rows <= capacity
@@ -110,8 +124,18 @@ def check_rows(made: dict[str, torch.Tensor], shape: Geometry, offset: int) -> N
         assert torch.equal(placed[:rows].long(), want.permuted_idx_to_token_idx + begin)
         assert (placed[rows:] == POISON).all()
         token_rows = torch.full((end - begin, shape.top_k), -1)
-        token_rows[want.permuted_idx_to_token_idx, want.permuted_idx_to_slot] = torch.arange(rows)
+        token_weights = torch.full((end - begin, shape.top_k), torch.nan)
+        targets = torch.full((capacity, 2), POISON, dtype=torch.int32)
+        pairs = zip(want.permuted_idx_to_token_idx.tolist(), want.permuted_idx_to_slot.tolist(), strict=True)
+        for row, (token, slot) in enumerate(pairs):
+            at = int((token_rows[token] >= 0).sum())
+            token_rows[token, at] = row
+            token_weights[token, at] = made["topk_weights"][begin + token, slot]
+            targets[row, 0] = begin + token if here[begin + token].sum() == 1 else -1
+            targets[row, 1:] = token_weights[token, at : at + 1].view(torch.int32)
         assert torch.equal(made["token_rows"][begin:end].long(), token_rows)
+        assert torch.equal(made["token_weights"][begin:end].view(torch.int32), token_weights.view(torch.int32))
+        assert torch.equal(made["row_targets"][window], targets)
     idle = (made["token_rows"] < 0).all(1).nonzero().squeeze(1)
     assert made["idle_tokens"][: len(idle)].tolist() == idle.tolist() and made["idle_count"].item() == len(idle)
     assert (made["idle_tokens"][len(idle) :] == POISON).all()
@@ -162,7 +186,11 @@ def test_kernels_agree_with_their_twins_on_a_gpu(shape: Geometry, tokens: int) -
         want = run_both(shape, tokens, offset, limit, seed, device="cuda")
         got = run_both(shape, tokens, offset, limit, seed, twin=False, device="cuda")
         for name, value in want.items():
-            if name == "topk_weights":
-                torch.testing.assert_close(got[name], value, rtol=1e-6, atol=0)
+            if name in ("topk_weights", "token_weights"):
+                torch.testing.assert_close(got[name], value, rtol=1e-6, atol=0, equal_nan=True)
+            elif name == "row_targets":
+                assert torch.equal(got[name][..., 0], value[..., 0]), name
+                weights = (t[..., 1].contiguous().view(torch.float32) for t in (got[name], value))
+                torch.testing.assert_close(*weights, rtol=1e-6, atol=0, equal_nan=True)
             else:
                 assert torch.equal(got[name], value), name

@@ -20,7 +20,7 @@ from moe_fast.kernels.cuda_build import TensorMap, load, tensor_map
 from moe_fast.target import target_of
 
 THREADS = 512
-DYNAMIC_SHARED = 212992
+DYNAMIC_SHARED = 219136
 MAX_EXPERTS = 512
 
 
@@ -44,6 +44,7 @@ class Params(ctypes.Structure):
                 "counters",
                 "idle_tokens",
                 "idle_count",
+                "row_targets",
                 "output",
             )
         ),
@@ -52,24 +53,32 @@ class Params(ctypes.Structure):
         ("hidden", ctypes.c_int),
         ("intermediate", ctypes.c_int),
         ("experts", ctypes.c_int),
-        ("wide", ctypes.c_int),
         ("phases", ctypes.c_int),
-        ("unused", ctypes.c_int),
     )
 
 
 @dataclass(frozen=True)
-class Idle:
-    """Tokens whose rows of output [T, H] bfloat16 become zero: the first idle_count [1] of idle_tokens [T], int32."""
+class Direct:
+    """What is written into output [T, H] bfloat16 at once, so that combine has less to do.
 
-    tokens: torch.Tensor
-    count: torch.Tensor
+    row_targets [P, 2] int32: the token whose only row a row is, or -1, and the bits of its weight. Such a row is
+    weighted and written. idle_tokens [T] int32, the first idle_count [1] of them: their rows of output become zero.
+    """
+
     output: torch.Tensor
+    row_targets: torch.Tensor
+    idle_tokens: torch.Tensor | None = None
+    idle_count: torch.Tensor | None = None
 
 
 def num_tiles(rows: int, local: int) -> int:
     """Length of tiles_done for that many rows at most: one more than the largest tile_of of layout.cuh."""
     return rows // 128 + local + 1
+
+
+def scale_stride(rows: int) -> int:
+    """First stride of requantized_scale [I/128, >= rows]: scales are read four at a time."""
+    return -(-rows // 4) * 4
 
 
 def defines(cluster: int) -> tuple[tuple[str, int], ...]:
@@ -104,13 +113,13 @@ def grouped_gemms(
     gemm2_out: torch.Tensor,
     tiles_done: torch.Tensor,
     counters: torch.Tensor,
-    idle: Idle | None = None,
+    direct: Direct | None = None,
     cluster: int = 2,
     phases: int = 3,
     pdl: bool = False,
 ) -> None:
-    """Fill requantized [P, I] e4m3, requantized_scale [I/128, >= P] float32 and gemm2_out [P, H], bfloat16 or float32,
-    rows below expert_offsets[-1].
+    """Fill requantized [P, I] e4m3, requantized_scale [I/128, >= P] float32 and gemm2_out [P, H] bfloat16, rows
+    below expert_offsets[-1]. The first stride of requantized_scale is a multiple of 4, as scale_stride gives it.
 
     hidden_states [T, H] e4m3, hidden_states_scale [H/128, T] float32 (any first stride), gemm1_weights [L, 2I, H] e4m3,
     rows [up ; gate], gemm1_weights_scale [L, 2I/128, H/128] float32, gemm2_weights [L, H, I] e4m3, gemm2_weights_scale
@@ -119,6 +128,8 @@ def grouped_gemms(
     """
     local, hidden, intermediate = gemm2_weights.shape
     device = hidden_states.device
+    if requantized_scale.stride(0) % 4:
+        raise ValueError(f"requantized_scale: first stride {requantized_scale.stride(0)}, expected a multiple of 4")
     params = Params(
         hidden_states.data_ptr(),
         hidden_states_scale.data_ptr(),
@@ -131,17 +142,16 @@ def grouped_gemms(
         gemm2_out.data_ptr(),
         tiles_done.data_ptr(),
         counters.data_ptr(),
-        idle.tokens.data_ptr() if idle else None,
-        idle.count.data_ptr() if idle else None,
-        idle.output.data_ptr() if idle else None,
+        None if direct is None or direct.idle_tokens is None else direct.idle_tokens.data_ptr(),
+        None if direct is None or direct.idle_count is None else direct.idle_count.data_ptr(),
+        None if direct is None else direct.row_targets.data_ptr(),
+        None if direct is None else direct.output.data_ptr(),
         hidden_states_scale.stride(0),
         requantized_scale.stride(0),
         hidden,
         intermediate,
         local,
-        int(gemm2_out.dtype == torch.float32),
         phases,
-        0,
     )
     index = device.index or 0
     kernel = load("grouped_gemm.cu", defines(cluster), "grouped_gemm_kernel", THREADS, DYNAMIC_SHARED, index)
@@ -164,7 +174,7 @@ def grouped_gemms_torch(
     gemm2_out: torch.Tensor,
     tiles_done: torch.Tensor,
     counters: torch.Tensor,
-    idle: Idle | None = None,
+    direct: Direct | None = None,
     cluster: int = 2,
     phases: int = 3,
     pdl: bool = False,
@@ -185,14 +195,21 @@ def grouped_gemms_torch(
             requantized[start:end] = scaled.to(torch.float8_e4m3fn).flatten(1)
             requantized_scale[:, start:end] = scale.T
         if phases & 2:
-            gemm2_out[start:end] = _block_scaled(
+            rows = _block_scaled(
                 requantized[start:end],
                 requantized_scale[:, start:end],
                 gemm2_weights[expert],
                 gemm2_weights_scale[expert],
             )
-    if idle is not None:
-        idle.output[idle.tokens[: int(idle.count)].long()] = 0.0
+            alone = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+            if direct is not None:
+                token, weight = direct.row_targets[start:end].T
+                alone = token >= 0
+                weighted = rows[alone] * weight.contiguous().view(torch.float32)[alone, None]
+                direct.output[token[alone].long()] = weighted.to(direct.output.dtype)
+            gemm2_out[start:end][~alone] = rows[~alone].to(gemm2_out.dtype)
+    if direct is not None and direct.idle_tokens is not None and direct.idle_count is not None:
+        direct.output[direct.idle_tokens[: int(direct.idle_count)].long()] = 0.0
 
 
 def _block_scaled(

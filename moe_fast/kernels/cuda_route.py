@@ -5,8 +5,8 @@ tokens whose rows fit the workspace, C of them; its rows, sorted by expert and t
 never knows how many rows there are, so it launches what the most rows need; in a usual call the first window has all.
 
 Worked example, one window, T = 3, L = 2, K = 2: local_mask [[2, 1, 3]] says that token 0 chose local expert 1, token
-1 expert 0, token 2 both. Then expert_offsets [[0, 2, 4]], permuted_idx_to_token_idx [[1, 2, 0, 2]] and, with the
-choices in slots 1; 0; 1 and 0, token_rows [[-1, 2], [0, -1], [3, 1]]; window_tokens [0, 3], no idle token.
+1 expert 0, token 2 both. Then expert_offsets [[0, 2, 4]], permuted_idx_to_token_idx [[1, 2, 0, 2]],
+token_rows [[2, -1], [0, -1], [1, 3]]; token 2 is the one that combine has to sum, no token is idle.
 """
 
 from __future__ import annotations
@@ -67,10 +67,14 @@ class PlaceParams(ctypes.Structure):
     _fields_ = (
         ("local_mask", ctypes.c_void_p),
         ("topk_ids", ctypes.c_void_p),
+        ("topk_weights", ctypes.c_void_p),
         ("token_rows", ctypes.c_void_p),
+        ("token_weights", ctypes.c_void_p),
         ("permuted_idx_to_token_idx", ctypes.c_void_p),
+        ("row_targets", ctypes.c_void_p),
         ("expert_offsets", ctypes.c_void_p),
-        ("window_tokens", ctypes.c_void_p),
+        ("combine_tokens", ctypes.c_void_p),
+        ("combine_offsets", ctypes.c_void_p),
         ("idle_tokens", ctypes.c_void_p),
         ("idle_count", ctypes.c_void_p),
         ("tiles_done", ctypes.c_void_p),
@@ -99,9 +103,14 @@ def route_defines(experts: int, n_group: int, topk_group: int, top_k: int, local
     )
 
 
+def place_slices(local: int) -> int:
+    """CTAs an expert, or a list of tokens: all of them fit an H100 at once, whose 132 multiprocessors hold one each."""
+    return max(1, min(4, 132 // (local + 2)))
+
+
 def place_defines(top_k: int, local: int) -> tuple[tuple[str, int], ...]:
     """What a variant of place.cu is compiled with."""
-    return (("TOP_K", top_k), ("LOCAL", local))
+    return (("TOP_K", top_k), ("LOCAL", local), ("SLICES", place_slices(local)))
 
 
 def route(
@@ -143,28 +152,39 @@ def route(
 def place(
     local_mask: torch.Tensor,
     topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
     token_rows: torch.Tensor,
+    token_weights: torch.Tensor,
     permuted_idx_to_token_idx: torch.Tensor,
+    row_targets: torch.Tensor,
     expert_offsets: torch.Tensor,
-    window_tokens: torch.Tensor,
+    combine_tokens: torch.Tensor,
+    combine_offsets: torch.Tensor,
     idle_tokens: torch.Tensor,
     idle_count: torch.Tensor,
     tiles_done: torch.Tensor,
     local_expert_offset: int,
     pdl: bool = False,
 ) -> None:
-    """Fill token_rows where a choice is local, permuted_idx_to_token_idx [W, C] up to each window's rows,
-    expert_offsets [W, L+1], window_tokens [W+1], idle_tokens [T] up to idle_count [1]; zero tiles_done. All int32."""
+    """Fill token_rows, -1 so far, and token_weights [T, K] with each token's rows, ascending, and their weights;
+    permuted_idx_to_token_idx [W, C] up to each window's rows; row_targets [W, C, 2]: the token whose only row a row is,
+    or -1, and the bits of the row's weight; expert_offsets [W, L+1]; combine_tokens [T], the tokens with two rows or
+    more, and combine_offsets [W+1], how many lie before each window; idle_tokens [T], those without a row, idle_count
+    [1] of them. Zero tiles_done. All int32 but token_weights."""
     tokens, top_k = topk_ids.shape
     windows, local = expert_offsets.shape[0], expert_offsets.shape[1] - 1
     device = topk_ids.device
     params = PlaceParams(
         local_mask.data_ptr(),
         topk_ids.data_ptr(),
+        topk_weights.data_ptr(),
         token_rows.data_ptr(),
+        token_weights.data_ptr(),
         permuted_idx_to_token_idx.data_ptr(),
+        row_targets.data_ptr(),
         expert_offsets.data_ptr(),
-        window_tokens.data_ptr(),
+        combine_tokens.data_ptr(),
+        combine_offsets.data_ptr(),
         idle_tokens.data_ptr(),
         idle_count.data_ptr(),
         tiles_done.data_ptr(),
@@ -176,7 +196,7 @@ def place(
         0,
     )
     kernel = load("place.cu", place_defines(top_k, local), "place_kernel", 1024, 0, device.index or 0)
-    kernel.launch(local + 1, (params,), torch.cuda.current_stream(device).cuda_stream, pdl)
+    kernel.launch(place_slices(local) * (local + 2), (params,), torch.cuda.current_stream(device).cuda_stream, pdl)
 
 
 def clamp_offset(offset: int) -> int:
@@ -221,10 +241,14 @@ def route_torch(
 def place_torch(
     local_mask: torch.Tensor,
     topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
     token_rows: torch.Tensor,
+    token_weights: torch.Tensor,
     permuted_idx_to_token_idx: torch.Tensor,
+    row_targets: torch.Tensor,
     expert_offsets: torch.Tensor,
-    window_tokens: torch.Tensor,
+    combine_tokens: torch.Tensor,
+    combine_offsets: torch.Tensor,
     idle_tokens: torch.Tensor,
     idle_count: torch.Tensor,
     tiles_done: torch.Tensor,
@@ -239,8 +263,10 @@ def place_torch(
     per_token = here.sum(1)
     slack = permuted_idx_to_token_idx.shape[1] - GROUP_TOKENS * min(top_k, local)
     tiles_done.zero_()
-    window_tokens.fill_(tokens)
     expert_offsets.zero_()
+    shared = (per_token >= 2).nonzero().squeeze(1)
+    combine_tokens[: len(shared)] = shared.to(torch.int32)
+    combine_offsets.fill_(len(shared))
     idle = (per_token == 0).nonzero().squeeze(1)
     idle_tokens[: len(idle)] = idle.to(torch.int32)
     idle_count.fill_(len(idle))
@@ -251,12 +277,15 @@ def place_torch(
         parts.setdefault(window, [start, start])[1] = min(start + GROUP_TOKENS, tokens)
         before += int(per_token[start : start + GROUP_TOKENS].sum())
     for window, (begin, end) in parts.items():
-        window_tokens[window] = begin
+        combine_offsets[window] = int((shared < begin).sum())
         token, slot = here[begin:end].nonzero(as_tuple=True)
         expert = local_ids[begin:end][token, slot]
         order = torch.argsort(expert.long() * tokens + token)
-        permuted_idx_to_token_idx[window, : len(order)] = (token[order] + begin).to(torch.int32)
-        token_rows[token[order] + begin, slot[order]] = torch.arange(
-            len(order), dtype=torch.int32, device=topk_ids.device
-        )
+        placed = token[order] + begin
+        permuted_idx_to_token_idx[window, : len(order)] = placed.to(torch.int32)
+        lower = (here[placed] & (local_ids[placed] < expert[order, None])).sum(1)  # the token's lower local experts
+        token_rows[placed, lower] = torch.arange(len(order), dtype=torch.int32, device=topk_ids.device)
+        token_weights[placed, lower] = topk_weights[placed, slot[order]]
+        row_targets[window, : len(order), 0] = torch.where(per_token[placed] == 1, placed, -1).to(torch.int32)
+        row_targets[window, : len(order), 1] = topk_weights[placed, slot[order]].view(torch.int32)
         expert_offsets[window, 1:] = torch.bincount(expert.long(), minlength=local).cumsum(0)

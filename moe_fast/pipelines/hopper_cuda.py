@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from moe_fast.kernels.cuda_combine import combine
-from moe_fast.kernels.cuda_grouped_gemm import Idle, grouped_gemms, num_tiles
+from moe_fast.kernels.cuda_grouped_gemm import Direct, grouped_gemms, num_tiles, scale_stride
 from moe_fast.kernels.cuda_route import MAX_WINDOWS, Windows, mask_words, place, route
 
 RECIPE = "requant"
-ROW_BUFFER_BYTES = 380 * 10**6
+ROW_BUFFER_BYTES = 376 * 10**6
 """What the buffers that grow with the rows may take; more rows than fit are done window by window. So much that 14107
 tokens of DeepSeek-V3 (112,856 rows at most) take five windows: each one that turns out empty costs two launches."""
 CLUSTER = 2
@@ -69,14 +69,17 @@ class Workspace:
         self.topk_ids = ints(tokens, shape.top_k)
         self.topk_weights = torch.empty(tokens, shape.top_k, device=device)
         self.token_rows = ints(tokens, shape.top_k)
+        self.token_weights = torch.empty(tokens, shape.top_k, device=device)
         self.local_mask = ints(mask_words(shape.local) * tokens)
         self.permuted_idx_to_token_idx = ints(windows.count, capacity)
+        self.row_targets = ints(windows.count, capacity, 2)
         self.expert_offsets = ints(windows.count, shape.local + 1)
-        self.window_tokens = ints(windows.count + 1)
+        self.combine_tokens = ints(tokens)
+        self.combine_offsets = ints(windows.count + 1)
         self.idle_tokens = ints(tokens)
         self.idle_count = ints(1)
         self.requantized = torch.empty(capacity, shape.intermediate, dtype=torch.float8_e4m3fn, device=device)
-        self.requantized_scale = torch.empty(shape.intermediate // 128, capacity, device=device)
+        self.requantized_scale = torch.empty(shape.intermediate // 128, scale_stride(capacity), device=device)
         self.gemm2_out = torch.empty(capacity, shape.hidden, dtype=torch.bfloat16, device=device)
         self.tiles_done = ints(windows.count, num_tiles(capacity, shape.local))
         self.counters = torch.zeros(2, dtype=torch.int32, device=device)
@@ -144,19 +147,21 @@ def run(
             shape.local, local_expert_offset, routed_scaling_factor, n_group, topk_group,
         )  # fmt: skip
         place(
-            space.local_mask, space.topk_ids, space.token_rows, space.permuted_idx_to_token_idx, space.expert_offsets,
-            space.window_tokens, space.idle_tokens, space.idle_count, space.tiles_done, local_expert_offset, pdl=True,
+            space.local_mask, space.topk_ids, space.topk_weights, space.token_rows, space.token_weights,
+            space.permuted_idx_to_token_idx, space.row_targets, space.expert_offsets, space.combine_tokens,
+            space.combine_offsets, space.idle_tokens, space.idle_count, space.tiles_done, local_expert_offset, pdl=True,
         )  # fmt: skip
-        idle = Idle(space.idle_tokens, space.idle_count, out[part])
         for window in range(shape.windows.count):
+            idle = (None, None) if window else (space.idle_tokens, space.idle_count)
             grouped_gemms(
                 hidden_states[part], hidden_states_scale[:, part], gemm1_weights, gemm1_weights_scale,
                 gemm2_weights, gemm2_weights_scale, space.permuted_idx_to_token_idx[window],
                 space.expert_offsets[window], space.requantized, space.requantized_scale, space.gemm2_out,
-                space.tiles_done[window], space.counters, None if window else idle, cluster, pdl=True,
+                space.tiles_done[window], space.counters, Direct(out[part], space.row_targets[window], *idle), cluster,
+                pdl=True,
             )  # fmt: skip
             combine(
-                space.gemm2_out, space.topk_weights, space.token_rows, out[part],
-                space.window_tokens[window : window + 2], skip_idle=True, pdl=True,
+                space.gemm2_out, space.token_weights, space.token_rows, space.combine_tokens,
+                space.combine_offsets[window : window + 2], out[part], pdl=True,
             )  # fmt: skip
     return out

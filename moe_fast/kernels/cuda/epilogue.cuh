@@ -39,28 +39,33 @@ INLINE void store_requantized(float (&sum)[2][64], const Work& work, const Param
     }
 }
 
-INLINE void store_rows(float (&sum)[2][64], const Work& work, const Params& p, int row0, int lane) {
+// A row that is all of its token goes straight to the output, weighted.
+INLINE void store_rows(float (&sum)[2][64], const Work& work, const Params& p, u32 targets, int row0, int lane) {
+    const int column = work.column * 256 + (lane & 3) * 8;
+    u16* to[2];
+    float factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = row0 + 8 * half;
+        const int2 target = p.row_targets ? load_shared2i(targets + row * 8) : make_int2(-1, 0);
+        const bool alone = target.x >= 0;
+        factor[half] = alone ? __int_as_float(target.y) : 1.0f;
+        to[half] = alone ? p.output + (i64(target.x) * p.hidden + column)
+                         : p.gemm2_out + (i64(work.row + row) * p.hidden + column);
+    }
 #pragma unroll
     for (int v = 0; v < 2; ++v) {
-        const int column = work.column * 256 + v * 128 + (lane & 3) * 8;
-        if (column >= p.hidden) break;
+        if (column + v * 128 >= p.hidden) break;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int row = row0 + 8 * half;
-            if (row >= work.live) continue;
-            const i64 start = i64(work.row + row) * p.hidden + column;
+            if (row0 + 8 * half >= work.live) continue;
 #pragma unroll
             for (int a = 0; a < 4; ++a) {
                 const float* s = &sum[v][16 * a + 2 * half];
-                if (p.wide) {
-                    float4* out = reinterpret_cast<float4*>(static_cast<float*>(p.gemm2_out) + start + 32 * a);
-                    out[0] = make_float4(s[0], s[1], s[4], s[5]);
-                    out[1] = make_float4(s[8], s[9], s[12], s[13]);
-                } else {
-                    *reinterpret_cast<uint4*>(static_cast<u16*>(p.gemm2_out) + start + 32 * a) =
-                        make_uint4(pack_bf16(s[0], s[1]), pack_bf16(s[4], s[5]), pack_bf16(s[8], s[9]),
-                                   pack_bf16(s[12], s[13]));
-                }
+                const float f = factor[half];
+                *reinterpret_cast<uint4*>(to[half] + v * 128 + 32 * a) =
+                    make_uint4(pack_bf16(f * s[0], f * s[1]), pack_bf16(f * s[4], f * s[5]),
+                               pack_bf16(f * s[8], f * s[9]), pack_bf16(f * s[12], f * s[13]));
             }
         }
     }

@@ -1,7 +1,7 @@
 // Grouped FP8 block-scale GEMMs for Hopper: rows of one expert times its weights, both products in one launch.
 //
 //   gemm1 (phase 1)  hidden_states rows (gathered) x gemm1_weights -> SwiGLU -> 1x128 re-quantisation, e4m3 + scale
-//   gemm2 (phase 2)  requantized rows x gemm2_weights -> rows of gemm2_out, bf16 or fp32, not yet weighted
+//   gemm2 (phase 2)  requantized rows x gemm2_weights -> rows of gemm2_out, bf16, not yet weighted
 //
 // Tokens are the matrix unit's M side, weights its N side. (The other way round a tile may have any multiple of 8
 // tokens, but then every column has its own scale: reading those cost half of shared memory's bandwidth.)
@@ -9,8 +9,8 @@
 // A tile is up to 128 tokens x 256 weight rows. A cluster of 2 CTAs takes two tiles at a time: the same weights and two
 // tiles of one expert's tokens, each CTA loading half of the weights for both; or, for the last tile of an odd number,
 // the same tokens and two different tiles of weights. A CTA is four warpgroups: one loads tokens (by cp.async, so that
-// the gather costs nothing), one weights (by TMA) and scales, two multiply, each 64 tokens with the weights in two waves
-// of 128 rows:
+// the gather costs nothing), one weights (by TMA) and scales (by cp.async), two multiply, each 64 tokens with the weights
+// in two waves of 128 rows:
 //
 //   gemm1  wave 0: 128 up rows, wave 1: the 128 gate rows of the same columns, so SwiGLU's pair and a whole block of
 //          re-quantisation meet in four neighbouring lanes
@@ -19,11 +19,11 @@
 // Weight rows are ordered so that each thread accumulates 8 neighbouring columns: matrix column 32a + 8j + 2q + b is
 // weight row 32a + 8q + 2j + b.
 //
-// Each 128-wide step of K is a product from zero, promoted into the fp32 sum with scale_token * scale_weight, which the
-// loading warps multiply. gemm2's items come after gemm1's: a CTA that finds no more of the first begins with the second,
-// whose loads wait until the tile's rows are complete (tiles_done). Meanwhile the rows of output that no expert writes
-// are overwritten with zeros. Items come from a counter in global memory: sizes may be any, the grid is fixed, and the
-// host never knows the counts.
+// Each 128-wide step of K is a product from zero, promoted into the fp32 sum with scale_token * scale_weight. gemm2's
+// items come after gemm1's: a CTA that finds no more of the first begins with the second, whose loads wait until the
+// tile's rows are complete (tiles_done). Meanwhile the rows of output that no expert writes are overwritten with zeros,
+// and rows that are all of their token are written there, weighted: combine is left with tokens of several rows. Items
+// come from a counter in global memory: sizes may be any, the grid is fixed, and the host never knows the counts.
 #include "epilogue.cuh"
 #include "load_tokens.cuh"
 #include "load_weights.cuh"
@@ -33,7 +33,7 @@ INLINE void compute_items(const Params& p, u32 base) {
     const int lane = threadIdx.x & 31;
     const int warp = __shfl_sync(0xFFFFFFFF, (threadIdx.x >> 5) & 3, 0);
     const int group = __shfl_sync(0xFFFFFFFF, threadIdx.x >> 7, 0);
-    Pipe pipe{base, 0, 0};
+    Pipe pipe{__shfl_sync(ALL, base, 0), 0, 0};
     for (int count = 0;; ++count) {
         pipe.wait();
         const int4 w = load_shared4i(base + WORK_AT + count % MAIL_SLOTS * 16);
@@ -41,21 +41,22 @@ INLINE void compute_items(const Params& p, u32 base) {
         if (work.phase == 0) return;
         const int steps = p.depth(work.phase) / 128;
         if (group * 64 >= __shfl_sync(0xFFFFFFFF, work.live, 0)) {  // no rows for this group
-            pipe.release(lane);
+            pipe.release();
             for (int step = 1; step < steps; ++step) {
                 pipe.wait();
-                pipe.release(lane);
+                pipe.release();
             }
             continue;
         }
         float sum[2][64];
-        multiply(pipe, sum, steps, group, warp, lane);
+        multiply(pipe, sum, work.row, steps, group, warp, lane);
         const int row0 = group * 64 + warp * 16 + (lane >> 2);
         if (work.phase == 1) {
             store_requantized(sum, work, p, row0, lane);
             if (p.phases == 3) signal_gemm1(work, p, group);
         } else {
-            store_rows(sum, work, p, row0, lane);
+            const u32 targets = base + TARGETS_AT + count % MAIL_SLOTS * TARGET_BYTES;
+            store_rows(sum, work, p, targets, row0, lane);
         }
     }
 }
@@ -101,8 +102,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         tma_prefetch_map(&map1);
         tma_prefetch_map(&map2);
         for (int s = 0; s < STAGES; ++s) {
-            // Each loading thread's copies, each loading warp's scales, the weights.
-            barrier_init(base + BARRIERS_AT + s * 8, LOAD_THREADS + LOAD_THREADS / 32 * ARRIVING_LANES + 1);
+            // Each loading thread's copies, the weights.
+            barrier_init(base + BARRIERS_AT + s * 8, 2 * LOAD_THREADS + 1);
             barrier_init(base + BARRIERS_AT + (STAGES + s) * 8, CLUSTER * MATH_THREADS / 32 * ARRIVING_LANES);
         }
         for (int s = 0; s < MAIL_SLOTS; ++s) barrier_init(base + BARRIERS_AT + (2 * STAGES + s) * 8, 1);

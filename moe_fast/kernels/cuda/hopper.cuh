@@ -139,7 +139,13 @@ INLINE void copy16_async(u32 to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
-// Arrives once on the barrier when all of this thread's earlier copy16_async are done, without holding it up.
+// 4 or 8 bytes, by way of the L1: for memory that no kernel writes meanwhile.
+template <int BYTES>
+INLINE void copy_async(u32 to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(BYTES) : "memory");
+}
+
+// Arrives once on the barrier when all of this thread's earlier asynchronous copies are done, without holding it up.
 INLINE void copies_arrive(u32 bar) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
 }
@@ -182,6 +188,9 @@ INLINE u32 pack_bf16(float low, float high) {
     return packed;
 }
 
+INLINE float low_bf16(u32 packed) { return __uint_as_float(packed << 16); }
+INLINE float high_bf16(u32 packed) { return __uint_as_float(packed & 0xFFFF0000u); }
+
 // Clamps to +-448 as it casts; NaN stays NaN.
 INLINE u16 pack_e4m3(float low, float high) {
     u16 packed;
@@ -202,6 +211,12 @@ INLINE int4 load_shared4i(u32 address) {
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "r"(address));
+    return v;
+}
+
+INLINE int2 load_shared2i(u32 address) {
+    int2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
     return v;
 }
 

@@ -6,7 +6,7 @@
 #define CLUSTER 2  // CTAs that share loads of weights: 1 or 2
 #endif
 #ifndef DYNAMIC_SHARED
-#define DYNAMIC_SHARED 212992
+#define DYNAMIC_SHARED 219136
 #endif
 
 constexpr int STAGES = 4;
@@ -19,11 +19,11 @@ constexpr int MAX_EXPERTS = 512;
 // Items that may be under way: more than STAGES, for an item may be one stage. The loading warpgroups go their own ways,
 // but neither gets more than STAGES stages ahead of the other.
 constexpr int MAIL_SLOTS = 8;
-constexpr int SCALES_AHEAD = 2;  // steps of K that a token's scale is asked for before it is stored
-
 constexpr int WEIGHT_BYTES = 256 * 128;
 constexpr int TOKEN_BYTES = TILE_TOKENS * 128;
-constexpr int SCALE_BYTES = 2 * TILE_TOKENS * 4;
+// A stage's scales: the tokens', after up to 3 of rows before the tile, then those of the two waves of weights.
+constexpr int TOKEN_SCALES = TILE_TOKENS + 4;
+constexpr int SCALE_BYTES = (TOKEN_SCALES + 4) * 4;
 constexpr int BOX_BYTES = 128 * 128;
 
 // Offsets in dynamic shared memory, which starts at a multiple of 1024.
@@ -32,7 +32,9 @@ constexpr int TOKENS_AT = WEIGHTS_AT + STAGES * WEIGHT_BYTES;
 constexpr int SCALES_AT = TOKENS_AT + STAGES * TOKEN_BYTES;
 constexpr int WORK_AT = SCALES_AT + STAGES * SCALE_BYTES;  // [MAIL_SLOTS] int4
 constexpr int SOURCES_AT = WORK_AT + MAIL_SLOTS * 16;  // [2][128 tokens] int
-constexpr int BARRIERS_AT = SOURCES_AT + 2 * TILE_TOKENS * 4;
+constexpr int TARGETS_AT = SOURCES_AT + 2 * TILE_TOKENS * 4;  // [MAIL_SLOTS][128 tokens] int2, see Params::row_targets
+constexpr int TARGET_BYTES = TILE_TOKENS * 8;
+constexpr int BARRIERS_AT = TARGETS_AT + MAIL_SLOTS * TARGET_BYTES;
 constexpr int MAIL_AT = BARRIERS_AT + (2 * STAGES + MAIL_SLOTS) * 8;
 constexpr int NOTES_AT = MAIL_AT + MAIL_SLOTS * 4;
 constexpr int TABLE_AT = NOTES_AT + 16;  // three tables, see Tables
@@ -50,25 +52,28 @@ struct Params {
     const int* expert_offsets;  // [L+1]
     u8* requantized;  // [P, I] e4m3
     float* requantized_scale;  // [I/128, stride]
-    void* gemm2_out;  // [P, H] bf16, or fp32 where wide
+    u16* gemm2_out;  // [P, H] bf16
     int* tiles_done;  // [tile_of(P, L)] zero before a launch that has both phases
     int* counters;  // [2], zero between launches
-    const int* idle_tokens;  // [T] tokens whose row of output becomes zero
+    // What combine need not do: tokens whose row of output becomes zero, and rows that are all of their token.
+    const int* idle_tokens;  // [T]
     const int* idle_count;  // [1]; null: none
+    const int2* row_targets;  // [P] the token whose only row this is, or -1, and its weight's bits; null: no such row
     u16* output;  // [T, H] bf16
     i64 hidden_states_scale_stride;
     i64 requantized_scale_stride;
     int hidden;  // H
     int intermediate;  // I
     int experts;  // L
-    int wide;
     int phases;  // 1 gemm1, 2 gemm2, 3 both
-    int unused;
 
     INLINE int depth(int phase) const { return phase == 1 ? hidden : intermediate; }  // K of the product
     INLINE int columns(int phase) const { return phase == 1 ? intermediate : hidden; }  // of what is stored
     INLINE int idle_end() const { return idle_count ? __ldcg(idle_count) : 0; }
 };
+
+// Where the scale of a tile's first row lies in a stage: copies of 4 scales begin at multiples of 4 rows.
+INLINE int first_scale(int row) { return row & 3; }
 
 // In shared memory: expert_offsets [L+1], and the items before each expert [L+1] of gemm1 and of gemm2.
 struct Tables {

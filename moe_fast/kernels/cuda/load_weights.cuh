@@ -1,8 +1,10 @@
-// The other loading warpgroup: draws items, and fills stages with weights (TMA) and the products of scales.
+// The other loading warpgroup: draws items, and fills stages with weights (TMA) and scales (cp.async).
 #pragma once
 #include "load_items.cuh"
 
 struct WeightLoader : Items {
+    static constexpr int WEIGHT_SCALERS = 64;  // the first of the two threads that copy the weights' scales
+
     const TensorMap *map1, *map2;  // gemm1_weights, gemm2_weights
 
     // The two waves' boxes of a stage's weights, 128 rows each; where they are shared, each CTA loads one for both.
@@ -29,15 +31,11 @@ struct WeightLoader : Items {
         set_note(DRAWN, atomicAdd(p.counters, 1) + 2 * (gridDim.x / CLUSTER));
     }
 
-    // Thread t stores the products of token t's scale with the two waves'.
+    // A step's scales come by asynchronous copies, so that no step waits for memory: a thread copies one token's scale
+    // where the rows are gathered, else those of 4 rows, past the L1, which may hold older ones; two threads the weights'.
     template <int PHASE>
     INLINE void load_item(int all) {
-        const int lane = thread & 31;
-        const u32 scale_to = base + SCALES_AT + thread * 4;
-        const int depth = p.depth(PHASE), columns = p.columns(PHASE), steps = depth / 128;
-        const float* token_scale_at = (PHASE == 1 ? p.hidden_states_scale : p.requantized_scale) + token;
-        const i64 token_scale_stride = PHASE == 1 ? p.hidden_states_scale_stride : p.requantized_scale_stride;
-        const float* weight_scale = PHASE == 1 ? p.gemm1_weights_scale : p.gemm2_weights_scale;
+        const int columns = p.columns(PHASE), steps = p.depth(PHASE) / 128;
         const Plan now = plan<PHASE>(item);
         if (thread == 0) {
             announce();
@@ -46,47 +44,41 @@ struct WeightLoader : Items {
         }
         if (PHASE == 2 && p.phases == 3 && now.live > 0) wait_for_gemm1(now);
 
+        const int first = first_scale(now.row);
+        const bool copies = PHASE == 1 || (now.live > 0 && 4 * thread < first + now.live);
+        const u32 to = base + SCALES_AT + (PHASE == 1 ? first + thread : 4 * thread) * 4;
+        const float* from = PHASE == 1 ? p.hidden_states_scale + token
+                                       : p.requantized_scale + (now.row - first + 4 * thread);
+        const i64 stride = PHASE == 1 ? p.hidden_states_scale_stride : p.requantized_scale_stride;
+
+        const int wave = thread - WEIGHT_SCALERS;  // 0 or 1 in two threads
         const int scale_rows = (PHASE == 1 ? 2 : 1) * columns / 128;
-        const int row0 = PHASE == 1 ? now.column : 2 * now.column;
-        const int row1 = PHASE == 1 ? now.column + columns / 128 : min(row0 + 1, scale_rows - 1);
-        const int scale0 = (now.expert * scale_rows + row0) * steps;
-        const int to_scale1 = (row1 - row0) * steps;
-        // Past the L1: it may hold what lay beside another tile's scales before this tile's were written.
-        const auto token_scale = [&](int step) { return __ldcg(token_scale_at + step * token_scale_stride); };
-        // Scales are asked for well before they are stored: no step waits for memory.
-        float x[SCALES_AHEAD], w0 = 0.0f, w1 = 0.0f;  // a lane holds the weights' scales of every 32nd step
-#pragma unroll
-        for (int u = 0; u < SCALES_AHEAD; ++u) {
-            if (u < steps) x[u] = token_scale(u);
-        }
+        const int scale_row = PHASE == 1 ? now.column + wave * (columns / 128)
+                                         : min(2 * now.column + wave, scale_rows - 1);
+        const u32 weight_to = base + SCALES_AT + (TOKEN_SCALES + wave) * 4;
+        const float* weight_from = (PHASE == 1 ? p.gemm1_weights_scale : p.gemm2_weights_scale) +
+                                   (now.expert * scale_rows + scale_row) * steps;
         int next = 0, next_token = 0;
-        for (int start = 0; start < steps; start += SCALES_AHEAD) {
-#pragma unroll
-            for (int u = 0; u < SCALES_AHEAD; ++u) {
-                const int step = start + u;
-                if (step >= steps) break;
-                if (u == 0 && step % 32 == 0 && step + lane < steps) {
-                    w0 = weight_scale[scale0 + step + lane];
-                    w1 = weight_scale[scale0 + to_scale1 + step + lane];
-                }
-                await_empty();
-                if (thread == 0) {
-                    barrier_arrive_expect(full(), WEIGHT_BYTES);
-                    load_weights<PHASE>(now, step, full());
-                }
-                __syncwarp();
-                const u32 to = scale_to + stage * SCALE_BYTES;
-                store_shared(to, x[u] * __shfl_sync(ALL, w0, step % 32));
-                store_shared(to + TILE_TOKENS * 4, x[u] * __shfl_sync(ALL, w1, step % 32));
-                __syncwarp();
-                if (lane < ARRIVING_LANES) barrier_arrive(full());
-                if (step + SCALES_AHEAD < steps) x[u] = token_scale(step + SCALES_AHEAD);
-                if (step == min(2, steps - 1)) {  // early enough that the next item's first loads find it there
-                    next = read_letter();
-                    if (next < all) next_token = source(next);
-                }
-                advance();
+        for (int step = 0; step < steps; ++step) {
+            await_empty();
+            if (thread == 0) {
+                barrier_arrive_expect(full(), WEIGHT_BYTES);
+                load_weights<PHASE>(now, step, full());
             }
+            if (copies && PHASE == 1) copy_async<4>(to + stage * SCALE_BYTES, from);
+            if (copies && PHASE == 2) copy16_async(to + stage * SCALE_BYTES, from);
+            if ((wave & ~1) == 0) copy_async<4>(weight_to + stage * SCALE_BYTES, weight_from + step);
+            if (PHASE == 2 && step == 0 && p.row_targets && thread < now.live) {
+                copy_async<8>(base + TARGETS_AT + count % MAIL_SLOTS * TARGET_BYTES + thread * 8,
+                              p.row_targets + now.row + thread);
+            }
+            copies_arrive(full());
+            from += stride;
+            if (step == min(2, steps - 1)) {  // early enough that the next item's first loads find it there
+                next = read_letter();
+                if (next < all) next_token = source(next);
+            }
+            advance();
         }
         item = next;
         token = next_token;
@@ -105,8 +97,7 @@ struct WeightLoader : Items {
             store_shared4i(base + WORK_AT + count % MAIL_SLOTS * 16, 0, 0, 0, 0);
             barrier_arrive(full());
         }
-        __syncwarp();
-        if ((thread & 31) < ARRIVING_LANES) barrier_arrive(full());
+        copies_arrive(full());
         if (rank == 0 && thread == 0) {
             __threadfence();  // after this cluster's last draw
             if (atomicAdd(p.counters + 1, 1) == clusters - 1) p.counters[0] = 0, p.counters[1] = 0;

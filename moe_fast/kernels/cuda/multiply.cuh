@@ -8,8 +8,19 @@ struct Pipe {
     int stage, parity;
 
     INLINE u32 full() const { return base + BARRIERS_AT + stage * 8; }
-    INLINE void wait() const { barrier_wait(full(), parity); }
-    INLINE void release(int lane) {  // this warp has read everything of the stage
+    // Until the stage is full. Its tokens came by ordinary copies, which the matrix unit must not overtake.
+    INLINE void wait() const {
+        barrier_wait(full(), parity);
+        async_proxy_fence();
+    }
+    INLINE void wait_for_next() const {
+        const bool wraps = stage == STAGES - 1;
+        barrier_wait(base + BARRIERS_AT + (wraps ? 0 : stage + 1) * 8, parity ^ int(wraps));
+        async_proxy_fence();
+    }
+    INLINE void release() {  // this warp has read everything of the stage
+        u32 lane;
+        asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));  // asked anew: no register is free to keep it
         __syncwarp();
         if (CLUSTER > 1 && EVERY_LANE_ARRIVES) {
             for (int rank = 0; rank < CLUSTER; ++rank) barrier_arrive_in_cta(full() + STAGES * 8, rank);
@@ -23,28 +34,22 @@ struct Pipe {
 };
 
 // sum[v][4j + 2p + b]: wave v, token 16 warp + 8p + i of the group, matrix column 8j + 2q + b.
-// The first stage has been waited for.
-INLINE void multiply(Pipe& pipe, float (&sum)[2][64], int steps, int group, int warp, int lane) {
+// `row`: the tile's first. The first stage has been waited for.
+INLINE void multiply(Pipe& pipe, float (&sum)[2][64], int row, int steps, int group, int warp, int lane) {
 #pragma unroll
     for (int v = 0; v < 2; ++v) {
 #pragma unroll
         for (int x = 0; x < 64; ++x) sum[v][x] = 0.0f;
     }
-    const u32 my_scales = pipe.base + SCALES_AT + (group * 64 + warp * 16 + (lane >> 2)) * 4;
+    // The same in every lane, said in a way that the compiler keeps: else it derives them anew before each product.
+    const u32 tokens0 = __shfl_sync(ALL, descriptor_low(pipe.base + TOKENS_AT + group * (TOKEN_BYTES / 2)), 0);
+    const u32 weights0 = __shfl_sync(ALL, descriptor_low(pipe.base + WEIGHTS_AT), 0);
+    const u32 my_scales = pipe.base + SCALES_AT + (first_scale(row) + group * 64 + warp * 16 + (lane >> 2)) * 4;
+    const u32 weight_scales = pipe.base + SCALES_AT + TOKEN_SCALES * 4;
     for (int step = 0; step < steps; ++step) {
-        if (step > 0) pipe.wait();
-        async_proxy_fence();  // the tokens came by ordinary copies
-        const u32 tokens_at = pipe.base + TOKENS_AT + pipe.stage * TOKEN_BYTES;
-        const u64 tokens = tile_descriptor(tokens_at + group * (TOKEN_BYTES / 2));
-        const u64 weights = tile_descriptor(pipe.base + WEIGHTS_AT + pipe.stage * WEIGHT_BYTES);
-        float scale[2][2];  // [wave][p]
-#pragma unroll
-        for (int v = 0; v < 2; ++v) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                scale[v][half] = load_shared(my_scales + pipe.stage * SCALE_BYTES + v * (TILE_TOKENS * 4) + half * 32);
-            }
-        }
+        const u32 tokens = tokens0 + pipe.stage * (TOKEN_BYTES >> 4);
+        const u32 weights = weights0 + pipe.stage * (WEIGHT_BYTES >> 4);
+        float token_scale[2];  // of the thread's two tokens
 #pragma unroll
         for (int v = 0; v < 2; ++v) {
             float product[64];
@@ -52,19 +57,28 @@ INLINE void multiply(Pipe& pipe, float (&sum)[2][64], int steps, int group, int 
             mma_fence();
 #pragma unroll
             for (int k = 0; k < 4; ++k) {  // 32 bytes further along the swizzled row: 2 units of 16
-                mma_step<128>(product, tokens + 2 * k, weights + v * (BOX_BYTES >> 4) + 2 * k, k > 0);
+                mma_step<128>(product, tile_descriptor(tokens + 2 * k),
+                              tile_descriptor(weights + v * (BOX_BYTES >> 4) + 2 * k), k > 0);
             }
             mma_commit();
+            // While the product is under way. Few at a time: registers are short.
+            if (v == 0) {
+                token_scale[0] = load_shared(my_scales + pipe.stage * SCALE_BYTES);
+                token_scale[1] = load_shared(my_scales + pipe.stage * SCALE_BYTES + 32);
+            }
+            const float weight_scale = load_shared(weight_scales + pipe.stage * SCALE_BYTES + v * 4);
+            const float scale[2] = {token_scale[0] * weight_scale, token_scale[1] * weight_scale};
+            if (v == 1 && step + 1 < steps) pipe.wait_for_next();  // now, so that the next product need not wait for it
             pin(product);
             mma_wait();
             pin(product);
-            if (v == 1) pipe.release(lane);
+            if (v == 1) pipe.release();
 #pragma unroll
             for (int j = 0; j < 16; ++j) {
-                sum[v][4 * j + 0] += product[4 * j + 0] * scale[v][0];
-                sum[v][4 * j + 1] += product[4 * j + 1] * scale[v][0];
-                sum[v][4 * j + 2] += product[4 * j + 2] * scale[v][1];
-                sum[v][4 * j + 3] += product[4 * j + 3] * scale[v][1];
+                sum[v][4 * j + 0] += product[4 * j + 0] * scale[0];
+                sum[v][4 * j + 1] += product[4 * j + 1] * scale[0];
+                sum[v][4 * j + 2] += product[4 * j + 2] * scale[1];
+                sum[v][4 * j + 3] += product[4 * j + 3] * scale[1];
             }
         }
     }

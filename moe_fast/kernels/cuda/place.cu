@@ -1,4 +1,5 @@
-// Place: give every local token-expert pair its row, sorted by expert, then by token; one CTA an expert, one for idle tokens.
+// Place: give every local token-expert pair its row, sorted by expert, then by token; and list the tokens without a row,
+// and those with several. SLICES CTAs an expert, and as many a list: each counts all tokens, and places a part of them.
 //
 // The rows of many tokens need not fit the workspace, so tokens are cut into windows: runs of whole groups of 32 tokens,
 // at most `capacity` rows each, cut where the count of earlier rows passes a multiple of capacity less one group's most.
@@ -8,10 +9,14 @@
 struct Params {
     const u32* local_mask;  // [WORDS, T], see route.cu
     const int* topk_ids;  // [T, TOP_K]
-    int* token_rows;  // [T, TOP_K] row within the token's window, where a choice is local
+    const float* topk_weights;  // [T, TOP_K]
+    int* token_rows;  // [T, TOP_K] a token's rows within its window, ascending; what is left is -1 already
+    float* token_weights;  // [T, TOP_K] beside token_rows
     int* permuted_idx_to_token_idx;  // [windows, capacity]
+    int2* row_targets;  // [windows, capacity] the token whose only row this is, or -1, and its weight's bits
     int* expert_offsets;  // [windows, LOCAL + 1]
-    int* window_tokens;  // [windows + 1] first token of each
+    int* combine_tokens;  // [T] tokens with two rows or more
+    int* combine_offsets;  // [windows + 1] how many of them lie before each window
     int* idle_tokens;  // [T] tokens without a row
     int* idle_count;  // [1]
     int* tiles_done;  // [tiles], zeroed here for the GEMMs
@@ -27,8 +32,9 @@ constexpr int WORDS = (LOCAL + 31) / 32;
 constexpr int WARPS = 32;
 constexpr int ROWS_A_GROUP = 32 * (TOP_K < LOCAL ? TOP_K : LOCAL);
 constexpr int MAX_WINDOWS = 32;
+enum { IDLE = LOCAL, COMBINED = LOCAL + 1, LISTS };  // after the experts
 
-// Rows of this CTA's expert, of all lower local experts, of all local experts.
+// Rows of this CTA's expert (or tokens of its list), of all lower local experts, of all local experts.
 struct Count {
     int own = 0, below = 0, all = 0;
     INLINE void add(const Count& other) { own += other.own, below += other.below, all += other.all; }
@@ -56,7 +62,8 @@ INLINE Count count_words(const Words& words, bool real, int expert) {
         count.below += __popc(bit >= 32 ? words.word[w] : bit > 0 ? words.word[w] & ((1u << bit) - 1) : 0u);
         if (bit >= 0 && bit < 32) count.own = words.word[w] >> bit & 1;
     }
-    if (expert == LOCAL) count.own = real && count.all == 0;
+    if (expert == IDLE) count.own = real && count.all == 0;
+    if (expert == COMBINED) count.own = count.all >= 2;
     return count;
 }
 
@@ -86,17 +93,22 @@ INLINE void for_groups(const Params& p, int begin, int end, int expert, Visit vi
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) place_kernel(const __grid_constant__ Params p) {
     __shared__ Count warp_sums[WARPS];
     __shared__ Count bounds[MAX_WINDOWS + 1];  // everything before each window
-    __shared__ int first_token[MAX_WINDOWS + 1];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const int expert = blockIdx.x;  // LOCAL: the idle tokens
+    const int expert = blockIdx.x % LISTS, slice = blockIdx.x / LISTS;
     const int slack = p.capacity - ROWS_A_GROUP;
     const int groups = (p.tokens + 31) / 32, share = (groups + WARPS - 1) / WARPS;
     const int begin = min(warp * share, groups), end = min(begin + share, groups);
+    // Of the warp's groups, those that this CTA places.
+    const int part = (share + SLICES - 1) / SLICES;
+    const int part_begin = min(begin + slice * part, end), part_end = min(part_begin + part, end);
     wait_for_previous_kernel();
     for (int at = blockIdx.x * WARPS * 32 + threadIdx.x; at < p.tiles; at += gridDim.x * WARPS * 32) p.tiles_done[at] = 0;
 
-    Count mine;
-    for_groups(p, begin, end, expert, [&](int, const Count& count) { mine.add(count); });
+    Count mine, skipped;
+    for_groups(p, begin, end, expert, [&](int group, const Count& count) {
+        mine.add(count);
+        if (group < part_begin) skipped.add(count);
+    });
     mine = sum_lanes(mine);
     if (lane == 0) warp_sums[warp] = mine;
     __syncthreads();
@@ -105,10 +117,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) place_kernel(const _
         if (w < warp) before.add(warp_sums[w]);
         total.add(warp_sums[w]);
     }
-    if (threadIdx.x <= p.windows) {
-        bounds[threadIdx.x] = threadIdx.x == 0 ? Count{} : total;
-        first_token[threadIdx.x] = threadIdx.x == 0 ? 0 : p.tokens;
-    }
+    if (threadIdx.x <= p.windows) bounds[threadIdx.x] = threadIdx.x == 0 ? Count{} : total;
     __syncthreads();
 
     const auto window_of = [&](int rows_before) { return p.windows == 1 ? 0 : rows_before / slack; };
@@ -120,12 +129,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) place_kernel(const _
             const Count previous = count_words(load_words(p, begin * 32 - 32 + lane), true, expert);
             last = window_of(before.all - sum_lanes(previous).all);
         }
-        for_groups(p, begin, end, expert, [&](int group, const Count& count) {
+        for_groups(p, begin, end, expert, [&](int, const Count& count) {
             const int window = window_of(running.all);
-            if (window != last && lane == 0) {
-                bounds[window] = running;
-                first_token[window] = group * 32;
-            }
+            if (window != last && lane == 0) bounds[window] = running;
             last = window;
             running.add(sum_lanes(count));
         });
@@ -133,28 +139,36 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) place_kernel(const _
     __syncthreads();
 
     Count running = before;
-    for_groups(p, begin, end, expert, [&](int group, const Count& count) {
+    running.add(sum_lanes(skipped));
+    for_groups(p, part_begin, part_end, expert, [&](int group, const Count& count) {
         const int token = group * 32 + lane, window = window_of(running.all);
         const u32 owners = __ballot_sync(ALL, count.own);
         const int rank = running.own + __popc(owners & ((1u << lane) - 1));
-        if (count.own && expert == LOCAL) p.idle_tokens[rank] = token;
+        if (count.own && expert == IDLE) p.idle_tokens[rank] = token;
+        if (count.own && expert == COMBINED) p.combine_tokens[rank] = token;
         if (count.own && expert < LOCAL) {
             const int row = bounds[window + 1].below - bounds[window].below + rank - bounds[window].own;
             p.permuted_idx_to_token_idx[i64(window) * p.capacity + row] = token;
+            float weight = 0.0f;
 #pragma unroll
             for (int k = 0; k < TOP_K; ++k) {
                 const i64 at = i64(token) * TOP_K + k;
-                if (p.topk_ids[at] == expert + p.offset) p.token_rows[at] = row;
+                if (p.topk_ids[at] == expert + p.offset) weight = p.topk_weights[at];
             }
+            p.token_rows[i64(token) * TOP_K + count.below] = row;
+            p.token_weights[i64(token) * TOP_K + count.below] = weight;
+            p.row_targets[i64(window) * p.capacity + row] =
+                make_int2(count.all == 1 ? token : -1, __float_as_int(weight));
         }
         running.add(sum_lanes(count));
     });
+    if (slice > 0) return;
     if (threadIdx.x < p.windows && expert < LOCAL) {
         const Count &from = bounds[threadIdx.x], &to = bounds[threadIdx.x + 1];
         int* offsets = p.expert_offsets + threadIdx.x * (LOCAL + 1);
         offsets[expert] = to.below - from.below;
         if (expert == LOCAL - 1) offsets[LOCAL] = to.all - from.all;
     }
-    if (threadIdx.x <= p.windows && expert == LOCAL) p.window_tokens[threadIdx.x] = first_token[threadIdx.x];
-    if (threadIdx.x == 0 && expert == LOCAL) *p.idle_count = total.own;
+    if (threadIdx.x <= p.windows && expert == COMBINED) p.combine_offsets[threadIdx.x] = bounds[threadIdx.x].own;
+    if (threadIdx.x == 0 && expert == IDLE) *p.idle_count = total.own;
 }

@@ -5,9 +5,10 @@
 #include "hopper.cuh"
 
 // Descriptor of a K-major tile of 128-byte rows: groups of 8 rows are 1024 bytes apart, swizzle 128 bytes.
-INLINE u64 tile_descriptor(u32 address) {
-    return (u64(1) << 62) | (u64(1024 >> 4) << 32) | (u64(1) << 16) | u64((address & 0x3FFFF) >> 4);
-}
+// Its low word counts in units of 16 bytes, so that a place further along is a sum.
+INLINE u32 descriptor_low(u32 address) { return 1u << 16 | (address & 0x3FFFF) >> 4; }
+
+INLINE u64 tile_descriptor(u32 low) { return u64(1u << 30 | 1024 >> 4) << 32 | low; }
 
 INLINE void mma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 INLINE void mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
