@@ -33,11 +33,14 @@ def run_both(
     logits = torch.randn(tokens, geometry.num_experts, generator=draw)
     logits[: tokens // 3] = (logits[: tokens // 3] * 2).round() / 2
     bias = torch.randn(geometry.num_experts, generator=draw).bfloat16()
+    scale = torch.randn(3 + 7 * (seed % 3), tokens + 3, generator=draw).to(device)  # 3, 10 or 17 blocks
     local, top_k = geometry.num_local_experts, geometry.top_k
     windows = Windows.for_tokens(tokens, min(top_k, local), limit)
     made = {
         "routing_logits": logits.to(device),
         "routing_bias": bias.to(device),
+        "scale": scale[:, :tokens],  # rows further apart than they are long
+        "token_scales": torch.full((tokens, cuda_route.scale_columns(128 * len(scale))), torch.nan, device=device),
         "topk_ids": ints(tokens, top_k, device=device),
         "topk_weights": torch.full((tokens, top_k), torch.nan, device=device),
         "token_rows": ints(tokens, top_k, device=device),
@@ -59,7 +62,8 @@ def run_both(
     )  # fmt: skip
     route = cuda_route.route_torch if twin else cuda_route.route
     place = cuda_route.place_torch if twin else cuda_route.place
-    route(*(made[name] for name in first), local, offset, 2.5, geometry.n_group, geometry.topk_group)
+    scales = made["scale"], made["token_scales"]
+    route(*(made[name] for name in first), local, offset, 2.5, geometry.n_group, geometry.topk_group, scales)
     place(*(made[name] for name in second), offset)
     return made
 
@@ -136,6 +140,8 @@ def check_rows(made: dict[str, torch.Tensor], shape: Geometry, offset: int) -> N
         assert torch.equal(made["token_rows"][begin:end].long(), token_rows)
         assert torch.equal(made["token_weights"][begin:end].view(torch.int32), token_weights.view(torch.int32))
         assert torch.equal(made["row_targets"][window], targets)
+    blocks = len(made["scale"])
+    assert torch.equal(made["token_scales"][:, :blocks], made["scale"].T) and not made["token_scales"][:, blocks:].any()
     idle = (made["token_rows"] < 0).all(1).nonzero().squeeze(1)
     assert made["idle_tokens"][: len(idle)].tolist() == idle.tolist() and made["idle_count"].item() == len(idle)
     assert (made["idle_tokens"][len(idle) :] == POISON).all()

@@ -49,6 +49,7 @@ class Params(ctypes.Structure):
             )
         ),
         ("hidden_states_scale_stride", ctypes.c_int64),
+        ("hidden_states_scale_token_stride", ctypes.c_int64),
         ("requantized_scale_stride", ctypes.c_int64),
         ("hidden", ctypes.c_int),
         ("intermediate", ctypes.c_int),
@@ -121,7 +122,7 @@ def grouped_gemms(
     """Fill requantized [P, I] e4m3, requantized_scale [I/128, >= P] float32 and gemm2_out [P, H] bfloat16, rows
     below expert_offsets[-1]. The first stride of requantized_scale is a multiple of 4, as scale_stride gives it.
 
-    hidden_states [T, H] e4m3, hidden_states_scale [H/128, T] float32 (any first stride), gemm1_weights [L, 2I, H] e4m3,
+    hidden_states [T, H] e4m3, hidden_states_scale [H/128, T] float32 (any strides), gemm1_weights [L, 2I, H] e4m3,
     rows [up ; gate], gemm1_weights_scale [L, 2I/128, H/128] float32, gemm2_weights [L, H, I] e4m3, gemm2_weights_scale
     [L, H/128, I/128] float32. phases: 1 gemm1, 2 gemm2, 3 both; with both, tiles_done [num_tiles(P, L)] int32 must be
     zero.
@@ -146,7 +147,7 @@ def grouped_gemms(
         None if direct is None or direct.idle_count is None else direct.idle_count.data_ptr(),
         None if direct is None else direct.row_targets.data_ptr(),
         None if direct is None else direct.output.data_ptr(),
-        hidden_states_scale.stride(0),
+        *hidden_states_scale.stride(),
         requantized_scale.stride(0),
         hidden,
         intermediate,

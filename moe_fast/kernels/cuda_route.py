@@ -20,6 +20,7 @@ from moe_fast.kernels.cuda_build import load
 
 MAX_WINDOWS = 32
 GROUP_TOKENS = 32
+SCALES_AT_ONCE = 16  # as in token_scales.cuh
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,16 @@ class RouteParams(ctypes.Structure):
         ("topk_ids", ctypes.c_void_p),
         ("topk_weights", ctypes.c_void_p),
         ("token_rows", ctypes.c_void_p),
+        ("hidden_states_scale", ctypes.c_void_p),
+        ("token_scales", ctypes.c_void_p),
         ("local_mask", ctypes.c_void_p),
+        ("hidden_states_scale_stride", ctypes.c_int64),
+        ("scale_blocks", ctypes.c_int),
+        ("scale_columns", ctypes.c_int),
+        ("scale_ctas", ctypes.c_int),
         ("tokens", ctypes.c_int),
         ("offset", ctypes.c_int),
         ("factor", ctypes.c_float),
-        ("unused", ctypes.c_int),
     )
 
 
@@ -90,6 +96,11 @@ class PlaceParams(ctypes.Structure):
 def mask_words(local: int) -> int:
     """Words of 32 bits that hold a bit for each local expert."""
     return -(-local // 32)
+
+
+def scale_columns(hidden: int) -> int:
+    """Second size of token_scales: a token's scales are written four at a time."""
+    return -(-hidden // 512) * 4
 
 
 def route_defines(experts: int, n_group: int, topk_group: int, top_k: int, local: int) -> tuple[tuple[str, int], ...]:
@@ -125,28 +136,36 @@ def route(
     routed_scaling_factor: float,
     n_group: int,
     topk_group: int,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Fill topk_ids and topk_weights [T, K], best first, and local_mask [ceil(L/32), T]; set token_rows [T, K] to -1.
 
-    routing_logits [T, E] float32, routing_bias [E] bfloat16. T > 0, E <= 1024, K <= 32.
+    routing_logits [T, E] float32, routing_bias [E] bfloat16. T > 0, E <= 1024, K <= 32. `scales`: hidden_states_scale
+    [H/128, T] and token_scales [T, scale_columns(H)], which gets them, a token's beside one another. Both float32.
     """
     tokens, experts = routing_logits.shape
     device = routing_logits.device
+    scale_ctas = -(-tokens // 128) * -(-len(scales[0]) // SCALES_AT_ONCE) if scales else 0
     params = RouteParams(
         routing_logits.data_ptr(),
         routing_bias.data_ptr(),
         topk_ids.data_ptr(),
         topk_weights.data_ptr(),
         token_rows.data_ptr(),
+        scales[0].data_ptr() if scales else None,
+        scales[1].data_ptr() if scales else None,
         local_mask.data_ptr(),
+        scales[0].stride(0) if scales else 0,
+        len(scales[0]) if scales else 0,
+        scales[1].shape[1] if scales else 0,
+        scale_ctas,
         tokens,
         clamp_offset(local_expert_offset),
         routed_scaling_factor,
-        0,
     )
     variant = route_defines(experts, n_group, topk_group, topk_ids.shape[1], local)
     kernel = load("route.cu", variant, "route_kernel", 128, 0, device.index or 0)
-    kernel.launch(-(-tokens // 4), (params,), torch.cuda.current_stream(device).cuda_stream)
+    kernel.launch(scale_ctas + -(-tokens // 4), (params,), torch.cuda.current_stream(device).cuda_stream)
 
 
 def place(
@@ -216,8 +235,13 @@ def route_torch(
     routed_scaling_factor: float,
     n_group: int,
     topk_group: int,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Twin of `route`."""
+    if scales is not None:
+        blocks = len(scales[0])
+        scales[1][:, :blocks] = scales[0].T
+        scales[1][:, blocks:] = 0.0
     tokens, experts = routing_logits.shape
     top_k = topk_ids.shape[1]
     scores = 1.0 / (1.0 + torch.exp(-routing_logits))

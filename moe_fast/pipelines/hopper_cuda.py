@@ -16,12 +16,14 @@ import torch
 
 from moe_fast.kernels.cuda_combine import combine
 from moe_fast.kernels.cuda_grouped_gemm import Direct, grouped_gemms, num_tiles, scale_stride
-from moe_fast.kernels.cuda_route import MAX_WINDOWS, Windows, mask_words, place, route
+from moe_fast.kernels.cuda_route import MAX_WINDOWS, Windows, mask_words, place, route, scale_columns
 
 RECIPE = "requant"
 ROW_BUFFER_BYTES = 376 * 10**6
 """What the buffers that grow with the rows may take; more rows than fit are done window by window. So much that 14107
 tokens of DeepSeek-V3 (112,856 rows at most) take five windows: each one that turns out empty costs two launches."""
+TOKEN_BUFFER_BYTES = 16 * 10**6
+"""What the buffers that grow with the tokens may take; more tokens are done slice by slice."""
 CLUSTER = 2
 
 
@@ -53,8 +55,10 @@ class Shape:
 
     @property
     def tokens_at_once(self) -> int:
-        """Most tokens that MAX_WINDOWS hold: more are done in slices."""
-        return MAX_WINDOWS * (self.row_limit - 32 * self.rows_per_token) // self.rows_per_token
+        """Most tokens that MAX_WINDOWS and TOKEN_BUFFER_BYTES hold: more are done in slices."""
+        token_bytes = 4 * (4 * self.top_k + mask_words(self.local) + scale_columns(self.hidden) + 2)
+        rows = MAX_WINDOWS * (self.row_limit - 32 * self.rows_per_token)
+        return min(rows // self.rows_per_token, TOKEN_BUFFER_BYTES // token_bytes)
 
 
 class Workspace:
@@ -70,6 +74,7 @@ class Workspace:
         self.topk_weights = torch.empty(tokens, shape.top_k, device=device)
         self.token_rows = ints(tokens, shape.top_k)
         self.token_weights = torch.empty(tokens, shape.top_k, device=device)
+        self.token_scales = torch.empty(tokens, scale_columns(shape.hidden), device=device)
         self.local_mask = ints(mask_words(shape.local) * tokens)
         self.permuted_idx_to_token_idx = ints(windows.count, capacity)
         self.row_targets = ints(windows.count, capacity, 2)
@@ -145,7 +150,9 @@ def run(
         route(
             routing_logits[part], routing_bias, space.topk_ids, space.topk_weights, space.token_rows, space.local_mask,
             shape.local, local_expert_offset, routed_scaling_factor, n_group, topk_group,
+            (hidden_states_scale[:, part], space.token_scales),
         )  # fmt: skip
+        scales = space.token_scales[:, : hidden // 128].T
         place(
             space.local_mask, space.topk_ids, space.topk_weights, space.token_rows, space.token_weights,
             space.permuted_idx_to_token_idx, space.row_targets, space.expert_offsets, space.combine_tokens,
@@ -154,7 +161,7 @@ def run(
         for window in range(shape.windows.count):
             idle = (None, None) if window else (space.idle_tokens, space.idle_count)
             grouped_gemms(
-                hidden_states[part], hidden_states_scale[:, part], gemm1_weights, gemm1_weights_scale,
+                hidden_states[part], scales, gemm1_weights, gemm1_weights_scale,
                 gemm2_weights, gemm2_weights_scale, space.permuted_idx_to_token_idx[window],
                 space.expert_offsets[window], space.requantized, space.requantized_scale, space.gemm2_out,
                 space.tiles_done[window], space.counters, Direct(out[part], space.row_targets[window], *idle), cluster,

@@ -92,11 +92,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     extern __shared__ __align__(1024) u8 shared[];
     const u32 base = shared_address(shared);
     const Tables tables{reinterpret_cast<int*>(shared + TABLE_AT)};
+    let_next_kernel_start();
     wait_for_previous_kernel();
-    if (__ldcg(p.expert_offsets + p.experts) == 0 && p.idle_end() == 0) {  // so too in every other CTA
-        let_next_kernel_start();
-        return;
-    }
+    if (__ldcg(p.expert_offsets + p.experts) == 0 && p.idle_end() == 0) return;  // so too in every other CTA
 
     if (threadIdx.x == 0) {
         tma_prefetch_map(&map1);
@@ -127,7 +125,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         compute_items(p, base);
     }
     __syncwarp();
-    let_next_kernel_start();
     if (CLUSTER > 1) cluster_sync();  // the other CTA may still signal barriers of this one
 }
 

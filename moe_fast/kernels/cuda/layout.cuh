@@ -45,7 +45,7 @@ constexpr int SHARED_BYTES = ZEROS_AT + ZERO_BYTES;
 
 struct Params {
     const u8* hidden_states;  // [T, H] e4m3
-    const float* hidden_states_scale;  // [H/128, stride]
+    const float* hidden_states_scale;  // of token t and block k at t * token_stride + k * stride
     const float* gemm1_weights_scale;  // [L, 2I/128, H/128]
     const float* gemm2_weights_scale;  // [L, H/128, I/128]
     const int* row_index;  // permuted_idx_to_token_idx [P]
@@ -61,6 +61,7 @@ struct Params {
     const int2* row_targets;  // [P] the token whose only row this is, or -1, and its weight's bits; null: no such row
     u16* output;  // [T, H] bf16
     i64 hidden_states_scale_stride;
+    i64 hidden_states_scale_token_stride;
     i64 requantized_scale_stride;
     int hidden;  // H
     int intermediate;  // I

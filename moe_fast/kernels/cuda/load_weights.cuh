@@ -47,7 +47,7 @@ struct WeightLoader : Items {
         const int first = first_scale(now.row);
         const bool copies = PHASE == 1 || (now.live > 0 && 4 * thread < first + now.live);
         const u32 to = base + SCALES_AT + (PHASE == 1 ? first + thread : 4 * thread) * 4;
-        const float* from = PHASE == 1 ? p.hidden_states_scale + token
+        const float* from = PHASE == 1 ? p.hidden_states_scale + token * p.hidden_states_scale_token_stride
                                        : p.requantized_scale + (now.row - first + 4 * thread);
         const i64 stride = PHASE == 1 ? p.hidden_states_scale_stride : p.requantized_scale_stride;
 

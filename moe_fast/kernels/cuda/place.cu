@@ -101,6 +101,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) place_kernel(const _
     // Of the warp's groups, those that this CTA places.
     const int part = (share + SLICES - 1) / SLICES;
     const int part_begin = min(begin + slice * part, end), part_end = min(part_begin + part, end);
+    let_next_kernel_start();
     wait_for_previous_kernel();
     for (int at = blockIdx.x * WARPS * 32 + threadIdx.x; at < p.tiles; at += gridDim.x * WARPS * 32) p.tiles_done[at] = 0;
 
@@ -153,7 +154,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) place_kernel(const _
 #pragma unroll
             for (int k = 0; k < TOP_K; ++k) {
                 const i64 at = i64(token) * TOP_K + k;
-                if (p.topk_ids[at] == expert + p.offset) weight = p.topk_weights[at];
+                const float candidate = __ldg(p.topk_weights + at);
+                weight = __ldg(p.topk_ids + at) == expert + p.offset ? candidate : weight;
             }
             p.token_rows[i64(token) * TOP_K + count.below] = row;
             p.token_weights[i64(token) * TOP_K + count.below] = weight;

@@ -1,5 +1,6 @@
-// Route: choose TOP_K experts a token, one warp a token.
+// Route: choose TOP_K experts a token, one warp a token. The first CTAs bring the tokens' scales into another order.
 #include "choose.cuh"
+#include "token_scales.cuh"
 
 struct Params {
     const float* routing_logits;  // [T, EXPERTS]
@@ -7,19 +8,32 @@ struct Params {
     int* topk_ids;  // [T, TOP_K]
     float* topk_weights;  // [T, TOP_K]
     int* token_rows;  // [T, TOP_K], filled with -1 here
+    const float* hidden_states_scale;  // [H/128, stride]
+    float* token_scales;  // [T, scale_columns]
     u32* local_mask;  // [WORDS, T]: bit l % 32 of word l / 32 is set where local expert l was chosen
+    i64 hidden_states_scale_stride;
+    int scale_blocks;  // H/128
+    int scale_columns;
+    int scale_ctas;  // CTAs for the scales
     int tokens;
     int offset;  // local_expert_offset
     float factor;  // routed_scaling_factor
-    int unused;
 };
 
 constexpr int WORDS = (LOCAL + 31) / 32;
+constexpr int WARPS = 4;
 
-extern "C" __global__ void __launch_bounds__(128) route_kernel(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32) route_kernel(const __grid_constant__ Params p) {
     let_next_kernel_start();
-    const int lane = threadIdx.x & 31;
-    const int token = blockIdx.x * 4 + (threadIdx.x >> 5);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    if (blockIdx.x < p.scale_ctas) {
+        const int parts = (p.scale_blocks + SCALES_AT_ONCE - 1) / SCALES_AT_ONCE;
+        transpose_scales(p.hidden_states_scale, p.hidden_states_scale_stride, p.token_scales, p.scale_columns,
+                         p.scale_blocks, blockIdx.x % parts * SCALES_AT_ONCE,
+                         (blockIdx.x / parts * WARPS + warp) * 32, p.tokens);
+        return;
+    }
+    const int token = (blockIdx.x - p.scale_ctas) * WARPS + warp;
     if (token >= p.tokens) return;
     const float* logits = p.routing_logits + i64(token) * EXPERTS;
     u32 key[PER_LANE];
