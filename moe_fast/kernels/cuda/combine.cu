@@ -1,7 +1,7 @@
 // Combine: weighted sum of a token's rows in float32, experts in ascending order, one final cast to bfloat16.
 //
-// For the tokens of a list. A CTA takes one part of a token's columns after the other, and asks for what it must know of
-// the next one before it sums the one at hand. A token without a row becomes exactly zero.
+// For the tokens of a list. A CTA takes one part of a token's columns after the other, and asks for what it must know
+// of the next one before it sums the one at hand. A token without a row becomes exactly zero.
 #include "hopper.cuh"
 
 struct Params {

@@ -74,8 +74,5 @@ INLINE void store_rows(float (&sum)[2][64], const Work& work, const Params& p, u
 // Says that this warpgroup's rows of a tile have one more block of columns.
 INLINE void signal_gemm1(const Work& work, const Params& p, int group) {
     named_barrier_sync(1 + group, MATH_THREADS / 2);
-    if ((threadIdx.x & 127) == 0) {
-        __threadfence();
-        atomicAdd(p.tiles_done + tile_of(work.row, work.expert), 1);
-    }
+    if ((threadIdx.x & 127) == 0) add_release(p.tiles_done + tile_of(work.row, work.expert), 1);
 }

@@ -8,9 +8,9 @@
 //
 // A tile is up to 128 tokens x 256 weight rows. A cluster of 2 CTAs takes two tiles at a time: the same weights and two
 // tiles of one expert's tokens, each CTA loading half of the weights for both; or, for the last tile of an odd number,
-// the same tokens and two different tiles of weights. A CTA is four warpgroups: one loads tokens (by cp.async, so that
-// the gather costs nothing), one weights (by TMA) and scales (by cp.async), two multiply, each 64 tokens with the weights
-// in two waves of 128 rows:
+// the same tokens and two different tiles of weights. A CTA is four warpgroups: one loads tokens (by cp.async, so
+// that the gather costs nothing), one weights (by TMA) and scales (by cp.async), two multiply, each 64 tokens with the
+// weights in two waves of 128 rows:
 //
 //   gemm1  wave 0: 128 up rows, wave 1: the 128 gate rows of the same columns, so SwiGLU's pair and a whole block of
 //          re-quantisation meet in four neighbouring lanes

@@ -167,6 +167,11 @@ INLINE int load_acquire(const int* from) {
     return value;
 }
 
+// After this thread's earlier writes, and those that it knows of by a barrier.
+INLINE void add_release(int* to, int value) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+
 // Makes ordinary writes to shared memory that this thread has seen visible to its tensor-core operations.
 INLINE void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -31,8 +31,8 @@ struct WeightLoader : Items {
         set_note(DRAWN, atomicAdd(p.counters, 1) + 2 * (gridDim.x / CLUSTER));
     }
 
-    // A step's scales come by asynchronous copies, so that no step waits for memory: a thread copies one token's scale
-    // where the rows are gathered, else those of 4 rows, past the L1, which may hold older ones; two threads the weights'.
+    // A step's scales come by asynchronous copies, so that no step waits for memory. A thread copies one token's where
+    // the rows are gathered, else those of 4 rows, past the L1, which may hold older ones; two threads the weights'.
     template <int PHASE>
     INLINE void load_item(int all) {
         const int columns = p.columns(PHASE), steps = p.depth(PHASE) / 128;

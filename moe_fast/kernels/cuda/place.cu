@@ -1,5 +1,5 @@
-// Place: give every local token-expert pair its row, sorted by expert, then by token; and list the tokens without a row,
-// and those with several. SLICES CTAs an expert, and as many a list: each counts all tokens, and places a part of them.
+// Place: give every local token-expert pair its row, sorted by expert, then by token; and list the tokens without a
+// row, and those with several. SLICES CTAs an expert, and as many a list: each counts all tokens, and places a part.
 //
 // The rows of many tokens need not fit the workspace, so tokens are cut into windows: runs of whole groups of 32 tokens,
 // at most `capacity` rows each, cut where the count of earlier rows passes a multiple of capacity less one group's most.
