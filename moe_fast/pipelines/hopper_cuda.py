@@ -75,7 +75,7 @@ class Workspace:
         self.token_rows = ints(tokens, shape.top_k)
         self.token_weights = torch.empty(tokens, shape.top_k, device=device)
         self.token_scales = torch.empty(tokens, scale_columns(shape.hidden), device=device)
-        self.local_mask = ints(mask_words(shape.local) * tokens)
+        self.local_mask = ints(mask_words(shape.local), tokens)
         self.permuted_idx_to_token_idx = ints(windows.count, capacity)
         self.row_targets = ints(windows.count, capacity, 2)
         self.expert_offsets = ints(windows.count, shape.local + 1)
