@@ -1,9 +1,9 @@
 """The ten-input function in CUDA C++: route, place, then the GEMMs and combine for each window of rows.
 
-Recipe 'requant': SwiGLU's output becomes e4m3 with a float32 scale per 1x128 block. gemm2's rows are kept in bfloat16
-until combine sums them in float32. Nothing synchronises with the host, and the launches hold for any routing: a
-captured graph may be replayed with other inputs. Made for many rows an expert, where arithmetic is the cost; right
-for any size.
+Recipe 'requant': SwiGLU's output becomes e4m3 with a float32 scale per 1x128 block. gemm2 writes a token's only row to
+the output, and keeps the rows of other tokens in bfloat16 until combine sums them in float32. Nothing synchronises
+with the host, and the launches hold for any routing: a captured graph may be replayed with other inputs. Made for many
+rows an expert, where arithmetic is the cost; right for any size.
 
 The first call with a new geometry compiles or loads its kernels, so it must not be inside a graph capture.
 """
