@@ -1,12 +1,13 @@
-"""Builds cuda/few_tokens.cu for the host (tests/host_cuda) and runs it on CPU tensors, under drawn schedules."""
+"""Builds CUDA sources for the host (tests/host_cuda) and runs them on CPU tensors, under drawn schedules."""
 
 from __future__ import annotations
 
 import ctypes
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,20 +22,54 @@ PATIENCE = 2_000_000
 """Turns without progress: a run's longest quiet stretch is some ten thousand."""
 
 
-def source() -> str:
-    """few_tokens.cu with its headers inlined, Hopper's own replaced, and the host's launcher after it."""
+def inlined(file: str) -> str:
+    """A source with its headers inlined and Hopper's own replaced."""
     seen: set[str] = set()
 
     def inline(name: str) -> str:
         if name in seen:
             return ""
         seen.add(name)
-        file = HERE / STANDS_IN[name] if name in STANDS_IN else SOURCES / name
-        text = file.read_text().replace("#pragma once\n", "")
+        path = HERE / STANDS_IN[name] if name in STANDS_IN else SOURCES / name
+        text = path.read_text().replace("#pragma once\n", "")
         text = re.sub(r'^#include "([^"]+)"$', lambda match: inline(match.group(1)), text, flags=re.MULTILINE)
         return inline("few_layout.cuh") + text if name == "few_multiply.cuh" else text
 
-    text = re.sub(r"^#pragma unroll.*$", "", inline("few_tokens.cu"), flags=re.MULTILINE)
+    return re.sub(r"^#pragma unroll.*$", "", inline(file), flags=re.MULTILINE)
+
+
+def launcher(kernel: str, dynamic_bytes: str, static_bytes: str) -> str:
+    """What follows a source: the host's launcher."""
+    names = f"KERNEL {kernel}", f"DYNAMIC_BYTES ({dynamic_bytes})", f"STATIC_BYTES ({static_bytes})"
+    return "".join(f"#define {name}\n" for name in names) + (HERE / "launch.h").read_text()
+
+
+_built: dict[tuple[str, tuple[tuple[str, int], ...]], Callable[..., int]] = {}
+
+
+def build(folder: Path, code: str, defines: Mapping[str, int]) -> Callable[..., int]:
+    """The compiled launcher's entry, run_on_host of launch.h; kept, for a test's folder may go."""
+    key = code, tuple(defines.items())
+    if key not in _built:
+        _built[key] = compiled(folder, code, defines)
+    return _built[key]
+
+
+def compiled(folder: Path, code: str, defines: Mapping[str, int]) -> Callable[..., int]:
+    """See `build`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    source, library = folder / "kernel.cpp", folder / "kernel.so"
+    source.write_text(code)
+    flags = [f"-D{key}={value}" for key, value in defines.items()]
+    command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-w", *flags, str(source), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:4000]
+    return ctypes.CDLL(str(library)).run_on_host  # type: ignore[no-any-return]
+
+
+def few_tokens_source() -> str:
+    """few_tokens.cu for the host."""
+    text = inlined("few_tokens.cu")
     shared = "host::now->cta->shared.data()"
     for wanted, given in (
         ("extern __shared__ __align__(128) u8 slots[];", f"u8* slots = {shared};"),
@@ -42,12 +77,11 @@ def source() -> str:
     ):
         assert text.count(wanted) == 1, wanted
         text = text.replace(wanted, given)
-    names = "KERNEL few_tokens_kernel", "DYNAMIC_BYTES (STAGES * SLOT)", "STATIC_BYTES sizeof(Shared)"
-    return text + "".join(f"#define {name}\n" for name in names) + (HERE / "launch.h").read_text()
+    return text + launcher("few_tokens_kernel", "STAGES * SLOT", "sizeof(Shared)")
 
 
 class OnHost:
-    """The kernel for one geometry and grid. change: an edit of the source, to see that the checks can fail."""
+    """The one-launch kernel for a geometry and a grid. change: an edit of the source, so that a check can fail."""
 
     def __init__(
         self, folder: Path, inputs: Inputs, blocks: int, slots: int | None = None, change: Callable[[str], str] = str
@@ -56,14 +90,7 @@ class OnHost:
         sizes = (g.num_local_experts, g.hidden_size, g.intermediate_size)
         defines = dict(few.defines(g.num_experts, g.n_group, g.topk_group, g.top_k, *sizes, blocks))
         defines |= {} if slots is None else {"STAGES": slots}
-        folder.mkdir(parents=True, exist_ok=True)
-        code, library = folder / "kernel.cpp", folder / "kernel.so"
-        code.write_text(change(source()))
-        flags = [f"-D{key}={value}" for key, value in defines.items()]
-        command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-w", *flags, str(code), "-o", str(library)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[:4000]
-        self._run = ctypes.CDLL(str(library)).run_on_host
+        self._run = build(folder, change(few_tokens_source()), defines)
         self._blocks = blocks
 
     def __call__(self, inputs: Inputs, seed: int) -> tuple[int, torch.Tensor, torch.Tensor]:
@@ -78,3 +105,66 @@ class OnHost:
         params = ctypes.create_string_buffer(packed, len(packed))
         status = self._run(params, self._blocks, ctypes.c_uint(seed), ctypes.c_long(PATIENCE))
         return status, output, counters
+
+
+class HostKernels:
+    """Stands in for cuda_build.load: kernels of one Params each, built for the host and kept.
+
+    change: an edit of every source. A CTA has WARPS warps where the source says so in a line of its own: a CTA of 32
+    warps is a thousand fibers. Each launch has another schedule.
+    """
+
+    WARPS = 3
+
+    def __init__(self, folder: Path, change: Callable[[str], str] = str) -> None:
+        self._folder, self._change = folder, change
+        self.launches = 0
+
+    def load(
+        self, name: str, defines: tuple[tuple[str, int], ...], kernel: str, threads: int, shared: int, device: int
+    ) -> HostKernel:
+        """As cuda_build.load."""
+        text, warps = re.subn(r"^constexpr int WARPS = \d+;$", self._few_warps, inlined(name), flags=re.MULTILINE)
+        variables = iter(range(100))
+        text = re.sub(
+            r"__shared__ (\w+) (\w+)(\[[^;]+\]);",
+            lambda found: f"auto& {found[2]} = shared_variable<{found[1]}{found[3]}>({next(variables)});",
+            text,
+        )
+        threads_line = "constexpr int THREADS = WARPS * 32;\n" if warps else ""
+        code = self._change(text) + threads_line + launcher(kernel, f"{next(variables)} * VARIABLE_BYTES", "0")
+        return HostKernel(self, build(self._folder / Path(name).stem, code, dict(defines)))
+
+    def _few_warps(self, found: re.Match[str]) -> str:
+        return f"constexpr int WARPS = {self.WARPS};" if found[0].endswith("32;") else found[0]
+
+
+class HostKernel:
+    """Stands in for cuda_build.Kernel."""
+
+    def __init__(self, owner: HostKernels, run: Callable[..., int]) -> None:
+        self._owner, self._run = owner, run
+
+    def launch(self, blocks: int, arguments: Sequence[ctypes.Structure], stream: int, pdl: bool = False) -> None:
+        """Run the grid to its end. Raises AssertionError where threads hang or break a rule."""
+        (params,) = arguments
+        self._owner.launches += 1
+        seed = ctypes.c_uint(self._owner.launches)
+        status = self._run(ctypes.byref(params), blocks, seed, ctypes.c_long(PATIENCE))
+        assert status == 0, f"{status} threads never end, or what launch.h says of it"
+
+
+def on_host(monkeypatch: Any, kernels: HostKernels, *modules: Any) -> None:
+    """Let these modules of moe_fast.kernels launch on the host, which has one multiprocessor."""
+
+    class Stream:
+        cuda_stream = 0
+
+    class Target:
+        sm_count = 1
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream)
+    for module in modules:
+        monkeypatch.setattr(module, "load", kernels.load)
+        if hasattr(module, "target_of"):
+            monkeypatch.setattr(module, "target_of", lambda device: Target)

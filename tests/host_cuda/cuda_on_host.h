@@ -33,6 +33,9 @@ enum : u32 { ALL = 0xFFFFFFFF, ARRIVING_LANES = 1 };
 struct float2 {
     float x, y;
 };
+struct int2 {
+    int x, y;
+};
 struct alignas(16) float4 {
     float x, y, z, w;
 };
@@ -42,6 +45,8 @@ struct alignas(16) uint4 {
 struct alignas(16) int4 {
     int x, y, z, w;
 };
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 template <class A, class B>
 auto min(A a, B b) {
@@ -51,6 +56,8 @@ template <class A, class B>
 auto max(A a, B b) {
     return a > b ? a : b;
 }
+
+enum { VARIABLE_BYTES = 2048 };
 
 namespace host {
 
@@ -168,7 +175,18 @@ T of_bits(u64 raw) {
 #define blockIdx (host::now->block)
 #define gridDim (host::grid)
 
+// ---- programmatic dependent launch: a grid runs alone here
+inline void wait_for_previous_kernel() {}
+inline void let_next_kernel_start() {}
+
 // ---- shared memory and its barriers
+// A kernel's k-th variable in shared memory.
+template <class T>
+T& shared_variable(int k) {
+    static_assert(sizeof(T) <= VARIABLE_BYTES, "more than a variable's place");
+    return *reinterpret_cast<T*>(host::now->cta->shared.data() + k * VARIABLE_BYTES);
+}
+
 inline u32 shared_address(const void* p) { return u32(static_cast<const u8*>(p) - host::now->cta->shared.data()); }
 
 inline int4 load_shared4i(u32 address) {
@@ -245,6 +263,25 @@ inline u32 __reduce_min_sync(u32, u32 value) {
     return smallest;
 }
 
+inline u32 __reduce_add_sync(u32, u32 value) {
+    host::meet(value);
+    u32 sum = 0;
+    for (u64 one : host::warp().out[0]) sum += u32(one);
+    return sum;
+}
+inline u32 __reduce_or_sync(u32, u32 value) {
+    host::meet(value);
+    u32 all = 0;
+    for (u64 one : host::warp().out[0]) all |= u32(one);
+    return all;
+}
+inline u32 __ballot_sync(u32, int holds) {
+    host::meet(holds != 0);
+    u32 lanes = 0;
+    for (int lane = 0; lane < 32; ++lane) lanes |= u32(host::warp().out[0][lane]) << lane;
+    return lanes;
+}
+
 // ---- global memory
 inline int atomicAdd(int* at, int value) {
     host::let_others();
@@ -270,9 +307,17 @@ T __ldcg(const T* from) {
     return *from;
 }
 template <class T>
+T __ldcs(const T* from) {
+    return *from;
+}
+template <class T>
 void __stcg(T* to, T value) {
     *to = value;
     host::let_others();
+}
+template <class T>
+void __stcs(T* to, T value) {
+    *to = value;
 }
 
 // ---- arithmetic
@@ -291,6 +336,8 @@ inline u32 bf16_bits(float f) {
     return f != f ? 0x7FFF : (raw + 0x7FFF + (raw >> 16 & 1)) >> 16;
 }
 inline u32 pack_bf16(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
+inline float low_bf16(u32 packed) { return __uint_as_float(packed << 16); }
+inline float high_bf16(u32 packed) { return __uint_as_float(packed & 0xFFFF0000u); }
 
 inline float e4m3_value(u8 code) {
     const int exponent = code >> 3 & 15, mantissa = code & 7;
