@@ -146,6 +146,18 @@ def test_twins_against_a_loop() -> None:
                 torch.testing.assert_close(gemm2_out[row].double(), w2 @ real, rtol=1e-4, atol=1e-4 * amax)
 
 
+def test_scales_that_can_not_be_read_by_fours_are_refused() -> None:
+    case = small_case()
+    for scale in (torch.zeros(1, 6), torch.zeros(1, 9)[:, 1:].as_strided((1, 6), (8, 1))):
+        with pytest.raises(ValueError, match="requantized_scale"):
+            cuda_grouped_gemm.grouped_gemms(
+                case["hidden_states"], case["hidden_states_scale"], case["gemm1_weights"], case["gemm1_weights_scale"],
+                case["gemm2_weights"], case["gemm2_weights_scale"], case["index"], case["offsets"],
+                torch.zeros(6, 128).to(FP8), scale, torch.zeros(6, 256, dtype=torch.bfloat16),
+                torch.zeros(9, dtype=torch.int32), torch.zeros(2, dtype=torch.int32),
+            )  # fmt: skip
+
+
 def test_twin_of_combine_sums_the_listed_tokens() -> None:
     gemm2_out = torch.tensor([[1.0, 2.0], [10.0, 20.0], [float("nan"), float("nan")]])
     token_rows = torch.tensor([[0, 1], [-1, -1], [1, -1], [0, -1]], dtype=torch.int32)

@@ -43,7 +43,7 @@ def run(name: str) -> torch.Tensor:
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_twins_in_a_row_are_the_layer(name: str) -> None:
     judged = verdict(name, run(name), recipe="requant")
-    assert judged.status in ("PASS", "INCONCLUSIVE"), judged
+    assert judged.status == ("INCONCLUSIVE" if "no_local_work" in name else "PASS"), judged
 
 
 @pytest.mark.parametrize(("constant", "value"), [("ROW_BUFFER_BYTES", 1), ("TOKEN_BUFFER_BYTES", 10_000)])

@@ -61,7 +61,8 @@ def combine(
         0,
     )
     kernel = load("combine.cu", defines(token_rows.shape[1]), "combine_kernel", THREADS, 0, output.device.index or 0)
-    blocks = min(2 * most, CTAS_PER_SM * target_of(output.device).sm_count)
+    parts = 2  # of a token, at H 7168: each may have a CTA
+    blocks = min(parts * most, CTAS_PER_SM * target_of(output.device).sm_count)
     kernel.launch(blocks, (params,), torch.cuda.current_stream(output.device).cuda_stream, pdl)
 
 

@@ -125,12 +125,15 @@ def grouped_gemms(
     hidden_states [T, H] e4m3, hidden_states_scale [H/128, T] float32 (any strides), gemm1_weights [L, 2I, H] e4m3,
     rows [up ; gate], gemm1_weights_scale [L, 2I/128, H/128] float32, gemm2_weights [L, H, I] e4m3, gemm2_weights_scale
     [L, H/128, I/128] float32. phases: 1 gemm1, 2 gemm2, 3 both; with both, tiles_done [num_tiles(P, L)] int32 must be
-    zero.
+    zero. direct: what is written into the output besides; without it every row goes to gemm2_out.
+
+    Raises ValueError where requantized_scale can't be read four scales at a time.
     """
     local, hidden, intermediate = gemm2_weights.shape
     device = hidden_states.device
-    if requantized_scale.stride(0) % 4:
-        raise ValueError(f"requantized_scale: first stride {requantized_scale.stride(0)}, expected a multiple of 4")
+    if requantized_scale.stride(0) % 4 or requantized_scale.data_ptr() % 16:
+        given = f"first stride {requantized_scale.stride(0)}, address {requantized_scale.data_ptr():#x}"
+        raise ValueError(f"requantized_scale: {given}; expected a stride from scale_stride and a multiple of 16 bytes")
     params = Params(
         hidden_states.data_ptr(),
         hidden_states_scale.data_ptr(),

@@ -20,7 +20,7 @@ from moe_fast.kernels.cuda_build import load
 
 MAX_WINDOWS = 32
 GROUP_TOKENS = 32
-SCALES_AT_ONCE = 16  # as in token_scales.cuh
+SCALES_AT_ONCE = 16  # blocks of a token's scales that a lane transposes
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,7 @@ def route_defines(experts: int, n_group: int, topk_group: int, top_k: int, local
         ("TOPK_GROUP", topk_group),
         ("TOP_K", top_k),
         ("LOCAL", local),
+        ("SCALES_AT_ONCE", SCALES_AT_ONCE),
     )
 
 

@@ -75,7 +75,7 @@ INLINE void sum_rows(const Params& p, const Item& item, int part) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) combine_kernel(const __grid_constant__ Params p) {
     __shared__ Item items[2];
-    let_next_kernel_start();  // it waits for this one's end; so its launch costs no time
+    let_next_kernel_start();  // it waits for this one's end itself
     wait_for_previous_kernel();
     const int parts = (p.hidden / 8 + PART - 1) / PART;
     const int end = __ldcg(p.bounds + 1) * parts;

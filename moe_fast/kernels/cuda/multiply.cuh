@@ -13,6 +13,7 @@ struct Pipe {
         barrier_wait(full(), parity);
         async_proxy_fence();
     }
+    // The same of the stage after it, before this one is released.
     INLINE void wait_for_next() const {
         const bool wraps = stage == STAGES - 1;
         barrier_wait(base + BARRIERS_AT + (wraps ? 0 : stage + 1) * 8, parity ^ int(wraps));
@@ -34,7 +35,7 @@ struct Pipe {
 };
 
 // sum[v][4j + 2p + b]: wave v, token 16 warp + 8p + i of the group, matrix column 8j + 2q + b.
-// `row`: the tile's first. The first stage has been waited for.
+// `row`: the tile's first permuted row. The first stage has been waited for.
 INLINE void multiply(Pipe& pipe, float (&sum)[2][64], int row, int steps, int group, int warp, int lane) {
 #pragma unroll
     for (int v = 0; v < 2; ++v) {

@@ -1,11 +1,10 @@
-// The tokens' scales, a token's beside one another: a gathered token then costs a cache line for 32 steps of K, not for one.
+// The tokens' scales, a token's beside one another: a gathered token's scale then brings the next seven from the L2.
+// SCALES_AT_ONCE: how many blocks of K a lane copies, a multiple of 4.
 #pragma once
 #include "hopper.cuh"
 
-constexpr int SCALES_AT_ONCE = 16;  // blocks that a lane copies
-
-// to[token][k] = from[k][token] for 32 tokens from first_token and some blocks from first_block; one warp. Rows of `to` are
-// `columns` long, a multiple of 4.
+// to[token][k] = from[k][token] for 32 tokens from first_token and SCALES_AT_ONCE blocks from first_block; one warp. Rows
+// of `to` are `columns` long, a multiple of 4; what lies past the last block becomes 0.
 INLINE void transpose_scales(const float* from, i64 from_stride, float* to, int columns, int blocks, int first_block,
                              int first_token, int tokens) {
     const int token = first_token + (threadIdx.x & 31);
