@@ -60,13 +60,19 @@ class Guards:
 
 
 def compare(
-    monkeypatch: pytest.MonkeyPatch, shape: Geometry, tokens: int, offset: int, limit: int, seed: int
+    monkeypatch: pytest.MonkeyPatch,
+    shape: Geometry,
+    tokens: int,
+    offset: int,
+    limit: int,
+    seed: int,
+    banned: bool = False,
 ) -> list[str]:
     """What differs between route and place, and their twins; and whether they wrote outside of their tensors."""
     guards = Guards()
     monkeypatch.setattr(test_cuda_route, "ints", guards.ints)
-    want = run_both(shape, tokens, offset, limit, seed)
-    found = differences(want, run_both(shape, tokens, offset, limit, seed, twin=False))
+    want = run_both(shape, tokens, offset, limit, seed, banned=banned)
+    found = differences(want, run_both(shape, tokens, offset, limit, seed, twin=False, banned=banned))
     return found if guards.kept() else [*found, "outside"]
 
 
@@ -77,6 +83,38 @@ def test_route_and_place(shape: Geometry, tmp_path: Path, monkeypatch: pytest.Mo
     for seed, (tokens, limit) in enumerate([(1, 10**6), (33, 10**6), (150, 10**6), (150, tight), (333, tight)]):
         offset = (0, shape.num_local_experts, -1)[seed % 3]
         assert compare(monkeypatch, shape, tokens, offset, limit, seed) == [], (tokens, limit)
+
+
+@pytest.mark.parametrize("shape", [GEOMETRIES[0], GEOMETRIES[6]], ids=lambda shape: shape.code)
+@pytest.mark.parametrize("banned", [False, True])
+def test_route_where_half_of_the_lanes_are_kept(
+    shape: Geometry, banned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_host(monkeypatch, HostKernels(tmp_path), cuda_route)
+    for seed in range(3):
+        assert compare(monkeypatch, shape, 60, 0, 10**6, seed, banned) == [], seed
+
+
+BROKEN_SHARES: dict[str, tuple[bool, Callable[[str], str]]] = {
+    "nothing": (False, str),
+    "equals from the highest id": (
+        False,
+        instead("mine[j + 1] > mine[j];", "mine[j + 1] > mine[j] || (mine[j + 1] == mine[j] && id[j + 1] > id[j]);"),
+    ),
+    "half of the turns": (False, instead("turn < SHARE; ++turn", "turn < SHARE / 2; ++turn")),
+    "half of the experts": (False, instead("lane & 1 ? high : low", "low")),
+    "a lane gives its first once more": (False, instead("!taken ? mine[j]", "!taken || j == 0 ? mine[j]")),
+    "masked experts are forgotten": (True, instead("mine[SHARE - 1] > masked_key()", "mine[0] > 0")),
+}
+
+
+@pytest.mark.parametrize("what", list(BROKEN_SHARES))
+def test_a_broken_share_is_seen(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    banned, change = BROKEN_SHARES[what]
+    kernels = HostKernels(tmp_path, lambda text: change(text) if "route_kernel" in text else text)
+    on_host(monkeypatch, kernels, cuda_route)
+    found = [name for seed in (1, 3, 5, 7) for name in compare(monkeypatch, GEOMETRIES[0], 90, 0, 10**6, seed, banned)]
+    assert ("topk_ids" in found) == (what != "nothing"), found
 
 
 # None of them writes far outside of its tensors: that would end the test's process.

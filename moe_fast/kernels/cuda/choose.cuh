@@ -45,22 +45,30 @@ struct BestTwo {
     INLINE u32 sum_key() const { return key_of(GROUP > 1 ? score_of(first) + score_of(second) : score_of(first)); }
 };
 
-// Experts of all but the TOPK_GROUP best groups become the lowest finite number.
+// How many groups come before this lane's, where a group is whole lanes.
+INLINE int groups_before(const u32 (&key)[PER_LANE], int lane) {
+    BestTwo best;
+#pragma unroll
+    for (int j = 0; j < PER_LANE; ++j) best.add(key[j]);
+    best.merge_lanes(GROUP_LANES);
+    const u32 mine = best.sum_key();
+    const int group = lane / GROUP_LANES;
+    int before = 0;
+#pragma unroll
+    for (int g = 0; g < GROUPS; ++g) {
+        const u32 other = __shfl_sync(ALL, mine, g * GROUP_LANES);
+        before += other > mine || (other == mine && g < group);
+    }
+    return before;
+}
+
+// What experts of all but the TOPK_GROUP best groups become: the lowest finite number.
+INLINE u32 masked_key() { return key_of(-3.4028234663852886e38f); }
+
 INLINE void mask_groups(u32 (&key)[PER_LANE], int lane) {
-    const u32 masked = key_of(-3.4028234663852886e38f);
+    const u32 masked = masked_key();
     if constexpr (WHOLE_LANES) {
-        BestTwo best;
-#pragma unroll
-        for (int j = 0; j < PER_LANE; ++j) best.add(key[j]);
-        best.merge_lanes(GROUP_LANES);
-        const u32 mine = best.sum_key();
-        const int group = lane / GROUP_LANES;
-        int before = 0;
-#pragma unroll
-        for (int g = 0; g < GROUPS; ++g) {
-            const u32 other = __shfl_sync(ALL, mine, g * GROUP_LANES);
-            before += other > mine || (other == mine && g < group);
-        }
+        const int before = groups_before(key, lane);
 #pragma unroll
         for (int j = 0; j < PER_LANE; ++j) {
             if (before >= TOPK_GROUP && key[j] != 0) key[j] = masked;

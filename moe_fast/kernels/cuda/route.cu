@@ -1,5 +1,5 @@
 // Route: choose TOP_K experts a token, one warp a token. The first CTAs bring the tokens' scales into another order.
-#include "choose.cuh"
+#include "choose_kept.cuh"
 #include "token_scales.cuh"
 
 struct Params {
@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) route_kernel(const __gr
         key[j] = expert < EXPERTS ? key_of(sigmoid(__ldg(logits + expert)) + bf16_to_float(__ldg(p.routing_bias + expert)))
                                   : 0;
     }
-    const int id = choose<TOP_K>(key, lane);
+    const int id = choose_for_many(key, lane);
     const float weight = weight_of(lane < TOP_K ? sigmoid(__ldg(logits + id)) : 0.0f, p.factor);
     if (lane < TOP_K) {
         const i64 at = i64(token) * TOP_K + lane;
