@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_fast.kernels import cuda_combine, cuda_few_tokens, cuda_grouped_gemm, cuda_route
+from moe_fast.kernels import cuda_combine, cuda_few_tokens, cuda_grouped_gemm, cuda_later_windows, cuda_route
 from moe_fast.kernels.cuda_build import ARCH, SOURCES, compile_nvrtc, source_text
 
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
@@ -12,6 +12,7 @@ nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not 
 VARIANTS = [
     ("grouped_gemm.cu", cuda_grouped_gemm.defines(1)),
     ("grouped_gemm.cu", cuda_grouped_gemm.defines(2)),
+    ("later_windows.cu", cuda_later_windows.defines(2, 8)),
     ("combine.cu", cuda_combine.defines(8)),
     ("combine.cu", cuda_combine.defines(1)),
     ("route.cu", cuda_route.route_defines(256, 8, 4, 8, 32)),

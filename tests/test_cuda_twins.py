@@ -6,7 +6,7 @@ import pytest
 import torch
 from judging import prepare, verdict
 
-from moe_fast.kernels import cuda_combine, cuda_grouped_gemm, cuda_route
+from moe_fast.kernels import cuda_combine, cuda_grouped_gemm, cuda_later_windows, cuda_route
 from moe_fast.pipelines import hopper_cuda
 
 PROBLEMS = (
@@ -26,6 +26,7 @@ def twins(monkeypatch: pytest.MonkeyPatch) -> None:
         (cuda_route, ("route", "place")),
         (cuda_grouped_gemm, ("grouped_gemms",)),
         (cuda_combine, ("combine",)),
+        (cuda_later_windows, ("later_windows",)),
     ):
         for name in names:
             monkeypatch.setattr(hopper_cuda, name, getattr(module, f"{name}_torch"))
@@ -57,6 +58,22 @@ def test_windows_and_slices_change_nothing(constant: str, value: int, monkeypatc
     shape = hopper_cuda.Shape(inputs.seq_len, *inputs.gemm2_weights.shape[:1], 8, *inputs.gemm2_weights.shape[1:])
     assert shape.windows.count > 1 or shape.tokens_at_once < inputs.seq_len
     assert ((parts.float() - whole.float()).norm() / whole.float().norm()).item() < 2e-3  # bf16's rounding
+
+
+@pytest.mark.parametrize(("share", "usual"), [(0.0, 1), (1.0, 2), (100.0, 9)])
+def test_windows_with_launches_of_their_own(share: float, usual: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper_cuda, "ROW_BUFFER_BYTES", 1)  # 1,024 rows a window, of which 768 begin a new one
+    monkeypatch.setattr(hopper_cuda, "USUAL_SHARE", share)
+    shape = hopper_cuda.Shape(800, 32, 8, 128, 128)
+    assert shape.windows.count == 9 and shape.usual_windows(256) == usual
+    assert torch.equal(run(PROBLEMS[1]), run_with_every_window_alone(monkeypatch))
+
+
+def run_with_every_window_alone(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """The same problem, no window sharing a launch."""
+    monkeypatch.setattr(hopper_cuda, "USUAL_SHARE", 100.0)
+    hopper_cuda.release_workspaces()
+    return run(PROBLEMS[1])
 
 
 def test_a_row_that_nobody_writes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,6 +156,7 @@ class TensorMap(ctypes.Structure):
     _fields_ = (("opaque", ctypes.c_uint64 * 16),)
 
 
+COOPERATIVE = 2
 PROGRAMMATIC_STREAM_SERIALIZATION = 6
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 
@@ -185,18 +186,28 @@ class Kernel:
             status = driver().cuFuncSetAttribute(self.function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
             check(status, f"{name}: {shared_bytes} bytes of shared memory")
 
-    def launch(self, blocks: int, arguments: Sequence[ctypes.Structure], stream: int, pdl: bool = False) -> None:
-        """Enqueue on a stream. pdl: may start before the stream's previous kernel has ended."""
+    def launch(
+        self,
+        blocks: int,
+        arguments: Sequence[ctypes.Structure],
+        stream: int,
+        pdl: bool = False,
+        cooperative: bool = False,
+    ) -> None:
+        """Enqueue on a stream. pdl: may start before the stream's previous kernel has ended. cooperative: all blocks
+        run at once. Raises RuntimeError with the driver's error, so where they can't."""
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
-        early = LaunchAttribute(id=PROGRAMMATIC_STREAM_SERIALIZATION)
-        early.value[0] = 1
+        chosen = [PROGRAMMATIC_STREAM_SERIALIZATION] * pdl + [COOPERATIVE] * cooperative
+        attributes = (LaunchAttribute * max(len(chosen), 1))(*(LaunchAttribute(id=number) for number in chosen))
+        for attribute in attributes:
+            attribute.value[0] = 1
         config = LaunchConfig(
             (ctypes.c_uint * 3)(blocks, 1, 1),
             (ctypes.c_uint * 3)(self.threads, 1, 1),
             self.shared_bytes,
             stream,
-            ctypes.pointer(early),
-            int(pdl),
+            attributes,
+            len(chosen),
         )
         check(driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None), self.name)
 

@@ -14,7 +14,7 @@ CTAS_PER_SM = 5  # enough loads under way to fill the memory; more make an empty
 
 
 class Params(ctypes.Structure):
-    """Params of combine.cu."""
+    """CombineParams of combine.cuh."""
 
     _fields_ = (
         ("gemm2_out", ctypes.c_void_p),
@@ -33,6 +33,27 @@ def defines(top_k: int) -> tuple[tuple[str, int], ...]:
     return (("TOP_K", top_k), ("CTAS_PER_SM", CTAS_PER_SM))
 
 
+def combine_params(
+    gemm2_out: torch.Tensor,
+    token_weights: torch.Tensor,
+    token_rows: torch.Tensor,
+    tokens: torch.Tensor,
+    bounds: torch.Tensor,
+    output: torch.Tensor,
+) -> Params:
+    """The kernel's parameters from the arguments of `combine`."""
+    return Params(
+        gemm2_out.data_ptr(),
+        token_weights.data_ptr(),
+        token_rows.data_ptr(),
+        tokens.data_ptr(),
+        bounds.data_ptr(),
+        output.data_ptr(),
+        output.shape[1],
+        0,
+    )
+
+
 def combine(
     gemm2_out: torch.Tensor,
     token_weights: torch.Tensor,
@@ -47,19 +68,10 @@ def combine(
 
     token_rows [T, K] int32: rows, then -1; token_weights [T, K] float32 beside them; tokens [T] and bounds [2] int32.
     """
-    most, hidden = output.shape
+    most = len(output)
     if most == 0:
         return
-    params = Params(
-        gemm2_out.data_ptr(),
-        token_weights.data_ptr(),
-        token_rows.data_ptr(),
-        tokens.data_ptr(),
-        bounds.data_ptr(),
-        output.data_ptr(),
-        hidden,
-        0,
-    )
+    params = combine_params(gemm2_out, token_weights, token_rows, tokens, bounds, output)
     kernel = load("combine.cu", defines(token_rows.shape[1]), "combine_kernel", THREADS, 0, output.device.index or 0)
     parts = 2  # of a token, at H 7168: each may have a CTA
     blocks = min(parts * most, CTAS_PER_SM * target_of(output.device).sm_count)

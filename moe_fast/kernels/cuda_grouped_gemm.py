@@ -5,7 +5,7 @@ gemm2_weights, not yet weighted). Axes: T, L, H, I as everywhere; P permuted row
 multiples of 128. The grid never depends on the counts, which the kernel reads from expert_offsets on the device. Needs
 compute capability 9.0.
 
-`counters` [2] int32 must be zero before a launch and is zero after it. `cluster` CTAs share each load of weights.
+`counters` [4] int32 must be zero before a launch and is zero after it. `cluster` CTAs share each load of weights.
 """
 
 from __future__ import annotations
@@ -35,16 +35,12 @@ class Params(ctypes.Structure):
                 "hidden_states_scale",
                 "gemm1_weights_scale",
                 "gemm2_weights_scale",
-                "row_index",
-                "expert_offsets",
                 "requantized",
                 "requantized_scale",
                 "gemm2_out",
-                "tiles_done",
                 "counters",
                 "idle_tokens",
                 "idle_count",
-                "row_targets",
                 "output",
             )
         ),
@@ -55,6 +51,17 @@ class Params(ctypes.Structure):
         ("intermediate", ctypes.c_int),
         ("experts", ctypes.c_int),
         ("phases", ctypes.c_int),
+    )
+
+
+class Window(ctypes.Structure):
+    """Window of layout.cuh."""
+
+    _fields_ = (
+        ("row_index", ctypes.c_void_p),
+        ("expert_offsets", ctypes.c_void_p),
+        ("tiles_done", ctypes.c_void_p),
+        ("row_targets", ctypes.c_void_p),
     )
 
 
@@ -100,6 +107,56 @@ def weights_map(weights: torch.Tensor) -> TensorMap:
     return tensor_map(weights.data_ptr(), sizes, strides, (128, 2, 4, 4, 4))[0]
 
 
+def gemm_params(
+    hidden_states: torch.Tensor,
+    hidden_states_scale: torch.Tensor,
+    gemm1_weights: torch.Tensor,
+    gemm1_weights_scale: torch.Tensor,
+    gemm2_weights: torch.Tensor,
+    gemm2_weights_scale: torch.Tensor,
+    permuted_idx_to_token_idx: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    requantized: torch.Tensor,
+    requantized_scale: torch.Tensor,
+    gemm2_out: torch.Tensor,
+    tiles_done: torch.Tensor,
+    counters: torch.Tensor,
+    direct: Direct | None = None,
+    phases: int = 3,
+) -> tuple[Params, Window]:
+    """The kernel's parameters from the arguments of `grouped_gemms`; it raises what that raises."""
+    local, hidden, intermediate = gemm2_weights.shape
+    if requantized_scale.stride(0) % 4 or requantized_scale.data_ptr() % 16:
+        given = f"first stride {requantized_scale.stride(0)}, address {requantized_scale.data_ptr():#x}"
+        raise ValueError(f"requantized_scale: {given}; expected a stride from scale_stride and a multiple of 16 bytes")
+    params = Params(
+        hidden_states.data_ptr(),
+        hidden_states_scale.data_ptr(),
+        gemm1_weights_scale.data_ptr(),
+        gemm2_weights_scale.data_ptr(),
+        requantized.data_ptr(),
+        requantized_scale.data_ptr(),
+        gemm2_out.data_ptr(),
+        counters.data_ptr(),
+        None if direct is None or direct.idle_tokens is None else direct.idle_tokens.data_ptr(),
+        None if direct is None or direct.idle_count is None else direct.idle_count.data_ptr(),
+        None if direct is None else direct.output.data_ptr(),
+        *hidden_states_scale.stride(),
+        requantized_scale.stride(0),
+        hidden,
+        intermediate,
+        local,
+        phases,
+    )
+    window = Window(
+        permuted_idx_to_token_idx.data_ptr(),
+        expert_offsets.data_ptr(),
+        tiles_done.data_ptr(),
+        None if direct is None else direct.row_targets.data_ptr(),
+    )
+    return params, window
+
+
 def grouped_gemms(
     hidden_states: torch.Tensor,
     hidden_states_scale: torch.Tensor,
@@ -129,39 +186,17 @@ def grouped_gemms(
 
     Raises ValueError where requantized_scale can't be read four scales at a time.
     """
-    local, hidden, intermediate = gemm2_weights.shape
+    params = gemm_params(
+        hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale,
+        permuted_idx_to_token_idx, expert_offsets, requantized, requantized_scale, gemm2_out, tiles_done, counters,
+        direct, phases,
+    )  # fmt: skip
     device = hidden_states.device
-    if requantized_scale.stride(0) % 4 or requantized_scale.data_ptr() % 16:
-        given = f"first stride {requantized_scale.stride(0)}, address {requantized_scale.data_ptr():#x}"
-        raise ValueError(f"requantized_scale: {given}; expected a stride from scale_stride and a multiple of 16 bytes")
-    params = Params(
-        hidden_states.data_ptr(),
-        hidden_states_scale.data_ptr(),
-        gemm1_weights_scale.data_ptr(),
-        gemm2_weights_scale.data_ptr(),
-        permuted_idx_to_token_idx.data_ptr(),
-        expert_offsets.data_ptr(),
-        requantized.data_ptr(),
-        requantized_scale.data_ptr(),
-        gemm2_out.data_ptr(),
-        tiles_done.data_ptr(),
-        counters.data_ptr(),
-        None if direct is None or direct.idle_tokens is None else direct.idle_tokens.data_ptr(),
-        None if direct is None or direct.idle_count is None else direct.idle_count.data_ptr(),
-        None if direct is None else direct.row_targets.data_ptr(),
-        None if direct is None else direct.output.data_ptr(),
-        *hidden_states_scale.stride(),
-        requantized_scale.stride(0),
-        hidden,
-        intermediate,
-        local,
-        phases,
-    )
     index = device.index or 0
     kernel = load("grouped_gemm.cu", defines(cluster), "grouped_gemm_kernel", THREADS, DYNAMIC_SHARED, index)
     blocks = target_of(device).sm_count // cluster * cluster
     maps = weights_map(gemm1_weights), weights_map(gemm2_weights)
-    kernel.launch(blocks, (*maps, params), torch.cuda.current_stream(device).cuda_stream, pdl)
+    kernel.launch(blocks, (*maps, *params), torch.cuda.current_stream(device).cuda_stream, pdl)
 
 
 def grouped_gemms_torch(

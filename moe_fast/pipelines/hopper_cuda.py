@@ -1,4 +1,4 @@
-"""The ten-input function in CUDA C++: route, place, then the GEMMs and combine for each window of rows.
+"""The ten-input function in CUDA C++: route, place, the GEMMs and combine; once more for each later window of rows.
 
 Recipe 'requant': SwiGLU's output becomes e4m3 with a float32 scale per 1x128 block. gemm2 writes a token's only row to
 the output, and keeps the rows of other tokens in bfloat16 until combine sums them in float32. Nothing synchronises
@@ -10,12 +10,14 @@ The first call with a new geometry compiles or loads its kernels, so it must not
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 
 from moe_fast.kernels.cuda_combine import combine
 from moe_fast.kernels.cuda_grouped_gemm import Direct, grouped_gemms, num_tiles, scale_stride
+from moe_fast.kernels.cuda_later_windows import later_windows
 from moe_fast.kernels.cuda_route import MAX_WINDOWS, Windows, mask_words, place, route, scale_columns
 
 RECIPE = "requant"
@@ -25,6 +27,9 @@ tokens of DeepSeek-V3 (112,856 rows at most) take five windows: each one that tu
 TOKEN_BUFFER_BYTES = 16 * 10**6
 """What the buffers that grow with the tokens may take; more tokens are done slice by slice."""
 CLUSTER = 2
+USUAL_SHARE = 1.5
+"""Windows up to this multiple of the local experts' even share of rows have launches of their own. Those after them
+share one, whose GEMMs are slower (docs/h100-gemm.md), but which costs 2 us where none of them has rows, not 3 each."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,12 @@ class Shape:
     def windows(self) -> Windows:
         """Windows for any routing of the tokens."""
         return Windows.for_tokens(self.tokens, self.rows_per_token, self.row_limit)
+
+    def usual_windows(self, experts: int) -> int:
+        """Windows that have rows unless the local experts get more than their share of the tokens by half."""
+        rows = USUAL_SHARE * self.tokens * self.top_k * self.local / experts
+        slack = self.windows.capacity - 32 * self.rows_per_token
+        return min(self.windows.count, max(1, math.ceil(rows / slack)))
 
     @property
     def tokens_at_once(self) -> int:
@@ -87,7 +98,7 @@ class Workspace:
         self.requantized_scale = torch.empty(shape.intermediate // 128, scale_stride(capacity), device=device)
         self.gemm2_out = torch.empty(capacity, shape.hidden, dtype=torch.bfloat16, device=device)
         self.tiles_done = ints(windows.count, num_tiles(capacity, shape.local))
-        self.counters = torch.zeros(2, dtype=torch.int32, device=device)
+        self.counters = torch.zeros(4, dtype=torch.int32, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -158,17 +169,26 @@ def run(
             space.permuted_idx_to_token_idx, space.row_targets, space.expert_offsets, space.combine_tokens,
             space.combine_offsets, space.idle_tokens, space.idle_count, space.tiles_done, local_expert_offset, pdl=True,
         )  # fmt: skip
-        for window in range(shape.windows.count):
+        matrices = (
+            hidden_states[part], scales, gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale,
+        )  # fmt: skip
+        usual = shape.usual_windows(routing_logits.shape[1])
+        for window in range(usual):
             idle = (None, None) if window else (space.idle_tokens, space.idle_count)
             grouped_gemms(
-                hidden_states[part], scales, gemm1_weights, gemm1_weights_scale,
-                gemm2_weights, gemm2_weights_scale, space.permuted_idx_to_token_idx[window],
-                space.expert_offsets[window], space.requantized, space.requantized_scale, space.gemm2_out,
-                space.tiles_done[window], space.counters, Direct(out[part], space.row_targets[window], *idle), cluster,
-                pdl=True,
+                *matrices, space.permuted_idx_to_token_idx[window], space.expert_offsets[window], space.requantized,
+                space.requantized_scale, space.gemm2_out, space.tiles_done[window], space.counters,
+                Direct(out[part], space.row_targets[window], *idle), cluster, pdl=True,
             )  # fmt: skip
             combine(
                 space.gemm2_out, space.token_weights, space.token_rows, space.combine_tokens,
                 space.combine_offsets[window : window + 2], out[part], pdl=True,
+            )  # fmt: skip
+        if usual < shape.windows.count:
+            later_windows(
+                *matrices, space.permuted_idx_to_token_idx[usual:], space.expert_offsets[usual:], space.requantized,
+                space.requantized_scale, space.gemm2_out, space.tiles_done[usual:], space.counters,
+                space.row_targets[usual:], space.token_weights, space.token_rows, space.combine_tokens,
+                space.combine_offsets[usual:], out[part], cluster,
             )  # fmt: skip
     return out

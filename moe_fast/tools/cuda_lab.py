@@ -67,7 +67,7 @@ class Case:
             "requantized_scale": torch.full((inner // 128, rows), torch.nan, device=device),
             "gemm2_out": torch.full((rows, hidden), torch.nan, dtype=torch.bfloat16, device=device),
             "output": torch.full((len(self.hidden_states), hidden), torch.nan, dtype=torch.bfloat16, device=device),
-            "counters": torch.zeros(2, dtype=torch.int32, device=device),
+            "counters": torch.zeros(4, dtype=torch.int32, device=device),
             "tiles_done": torch.zeros(num_tiles(rows, len(self.offsets) - 1), dtype=torch.int32, device=device),
         }
 

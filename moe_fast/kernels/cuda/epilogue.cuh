@@ -47,7 +47,7 @@ INLINE void store_rows(float (&sum)[2][64], const Work& work, const Params& p, u
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = row0 + 8 * half;
-        const int2 target = p.row_targets ? load_shared2i(targets + row * 8) : make_int2(-1, 0);
+        const int2 target = p.output ? load_shared2i(targets + row * 8) : make_int2(-1, 0);
         const bool alone = target.x >= 0;
         factor[half] = alone ? __int_as_float(target.y) : 1.0f;
         to[half] = alone ? p.output + (i64(target.x) * p.hidden + column)
@@ -72,7 +72,7 @@ INLINE void store_rows(float (&sum)[2][64], const Work& work, const Params& p, u
 }
 
 // Says that this warpgroup's rows of a tile have one more block of columns.
-INLINE void signal_gemm1(const Work& work, const Params& p, int group) {
-    named_barrier_sync(1 + group, MATH_THREADS / 2);
-    if ((threadIdx.x & 127) == 0) add_release(p.tiles_done + tile_of(work.row, work.expert), 1);
+INLINE void signal_gemm1(const Work& work, const Window& window, int group) {
+    named_barrier_sync(GROUP_STORED + group, MATH_THREADS / 2);
+    if ((threadIdx.x & 127) == 0) add_release(window.tiles_done + tile_of(work.row, work.expert), 1);
 }

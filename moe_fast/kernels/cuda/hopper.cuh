@@ -43,6 +43,9 @@ INLINE void barrier_init(u32 bar, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
 }
 
+// Its memory may then serve for something else, another barrier too.
+INLINE void barrier_end(u32 bar) { asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(bar) : "memory"); }
+
 INLINE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 INLINE void barrier_arrive(u32 bar) {
@@ -170,6 +173,13 @@ INLINE int load_acquire(const int* from) {
 // After this thread's earlier writes, and those that it knows of by a barrier.
 INLINE void add_release(int* to, int value) {
     asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+
+// The same, and the number before.
+INLINE int fetch_add_release(int* to, int value) {
+    int before;
+    asm volatile("atom.release.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(to), "r"(value) : "memory");
+    return before;
 }
 
 // Makes ordinary writes to shared memory that this thread has seen visible to its tensor-core operations.

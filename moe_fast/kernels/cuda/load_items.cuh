@@ -5,6 +5,7 @@
 
 struct Items {
     const Params& p;
+    const Window& window;
     const Tables tables;
     u32 base, rank;
     int thread;  // of the warpgroup
@@ -38,7 +39,7 @@ struct Items {
         const Plan plan = first ? this->plan<1>(of) : this->plan<2>(of);
         if (plan.live == 0) return 0;
         const int row = plan.row + min(thread, plan.live - 1);
-        return first ? p.row_index[row] : row;
+        return first ? window.row_index[row] : row;
     }
 
     // The letter that tells the cluster which item comes after the one at hand, and its barrier.
@@ -52,7 +53,7 @@ struct Items {
     // gemm1's rows of a tile are complete when each warpgroup with rows has done every tile of columns.
     INLINE void wait_for_gemm1(const Plan& plan) const {
         const int need = column_tiles(1, p.intermediate) * (plan.live > 64 ? 2 : 1);
-        while (load_acquire(p.tiles_done + tile_of(plan.row, plan.expert)) < need) {
+        while (load_acquire(window.tiles_done + tile_of(plan.row, plan.expert)) < need) {
         }
     }
 

@@ -30,7 +30,7 @@ struct TokenLoader : Items {
         const u32 sources = base + SOURCES_AT + (count & 1) * TILE_TOKENS * 4;
         store_shared_int(sources + thread * 4, token);
         if (PHASE == 2 && p.phases == 3 && now.live > 0) wait_for_gemm1(now);
-        named_barrier_sync(4, LOAD_THREADS);
+        named_barrier_sync(SOURCES_KNOWN, LOAD_THREADS);
         const u8* from[TILE_TOKENS / 16];  // pointers: with offsets the copies become eight chains, one after the other
 #pragma unroll
         for (int j = 0; j < TILE_TOKENS / 16; ++j) {

@@ -68,9 +68,9 @@ struct WeightLoader : Items {
             if (copies && PHASE == 1) copy_async<4>(to + stage * SCALE_BYTES, from);
             if (copies && PHASE == 2) copy16_async(to + stage * SCALE_BYTES, from);
             if ((wave & ~1) == 0) copy_async<4>(weight_to + stage * SCALE_BYTES, weight_from + step);
-            if (PHASE == 2 && step == 0 && p.row_targets && thread < now.live) {
+            if (PHASE == 2 && step == 0 && p.output && thread < now.live) {
                 copy_async<8>(base + TARGETS_AT + count % MAIL_SLOTS * TARGET_BYTES + thread * 8,
-                              p.row_targets + now.row + thread);
+                              window.row_targets + now.row + thread);
             }
             copies_arrive(full());
             from += stride;

@@ -35,8 +35,9 @@ struct Pipe {
 };
 
 // sum[v][4j + 2p + b]: wave v, token 16 warp + 8p + i of the group, matrix column 8j + 2q + b.
-// `row`: the tile's first permuted row. The first stage has been waited for.
-INLINE void multiply(Pipe& pipe, float (&sum)[2][64], int row, int steps, int group, int warp, int lane) {
+// `row`: the tile's first permuted row. The first stage has been waited for. If both groups have rows, the second one's
+// product follows the first one's: one promotes while the other's is under way.
+INLINE void multiply(Pipe& pipe, float (&sum)[2][64], int row, int steps, int group, int warp, int lane, bool both) {
 #pragma unroll
     for (int v = 0; v < 2; ++v) {
 #pragma unroll
@@ -51,6 +52,7 @@ INLINE void multiply(Pipe& pipe, float (&sum)[2][64], int row, int steps, int gr
         const u32 tokens = tokens0 + pipe.stage * (TOKEN_BYTES >> 4);
         const u32 weights = weights0 + pipe.stage * (WEIGHT_BYTES >> 4);
         float token_scale[2];  // of the thread's two tokens
+        if (both && group == 1) named_barrier_sync(FIRST_ISSUED + pipe.stage, MATH_THREADS);
 #pragma unroll
         for (int v = 0; v < 2; ++v) {
             float product[64];
@@ -62,6 +64,7 @@ INLINE void multiply(Pipe& pipe, float (&sum)[2][64], int row, int steps, int gr
                               tile_descriptor(weights + v * (BOX_BYTES >> 4) + 2 * k), k > 0);
             }
             mma_commit();
+            if (v == 0 && both && group == 0) named_barrier_arrive(FIRST_ISSUED + pipe.stage, MATH_THREADS);
             // While the product is under way. Few at a time: registers are short.
             if (v == 0) {
                 token_scale[0] = load_shared(my_scales + pipe.stage * SCALE_BYTES);

@@ -1,0 +1,58 @@
+"""Windows of rows on a GPU: whether they share a launch or not, the bytes are the same, on every call and replay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from judging import verdict
+
+from moe_fast.pipelines import hopper_cuda
+from moeref.make import make_inputs
+from moeref.spec import Problem
+
+NAME = "small-t{}-o8-{}-model_like-s0"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("routing", ["iid", "one_expert"])
+@pytest.mark.parametrize("tokens", [150, 900])
+def test_windows_that_share_a_launch_give_the_same_bytes(
+    tokens: int, routing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = NAME.format(tokens, routing)
+    inputs = make_inputs(Problem.parse(name)).to("cuda")
+    g = inputs.geometry
+    monkeypatch.setattr(hopper_cuda, "ROW_BUFFER_BYTES", 1)  # 512 rows a window
+    shape = hopper_cuda.Shape(tokens, g.num_local_experts, g.top_k, g.hidden_size, g.intermediate_size)
+    outputs = []
+    for share in (100.0, 0.0):
+        monkeypatch.setattr(hopper_cuda, "USUAL_SHARE", share)
+        assert shape.usual_windows(g.num_experts) == (shape.windows.count if share else 1) > 0
+        hopper_cuda.release_workspaces()
+        out = torch.empty(tokens, g.hidden_size, dtype=torch.bfloat16, device="cuda")
+
+        def call(out: torch.Tensor = out) -> None:
+            hopper_cuda.run(*inputs.args(), out, n_group=g.n_group, topk_group=g.topk_group, top_k=g.top_k)
+
+        for _ in range(3):
+            out.fill_(torch.nan)
+            call()
+            outputs.append(out.clone())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        for _ in range(3):
+            out.fill_(torch.nan)
+            graph.replay()
+            outputs.append(out.clone())
+        assert all((space.counters == 0).all() for space in hopper_cuda._workspaces.values())
+    assert tokens < 900 or sum(o > 0 for o in _rows()) > 1  # more than one window has rows
+    assert all(torch.equal(out.view(torch.int16), outputs[0].view(torch.int16)) for out in outputs[1:])
+    assert verdict(name, outputs[0].cpu(), recipe="requant").status == "PASS"
+
+
+def _rows() -> list[int]:
+    """Rows of each window of the last call that no graph made."""
+    (space,) = hopper_cuda._workspaces.values()
+    return [int(rows) for rows in space.expert_offsets[:, -1]]
