@@ -60,6 +60,12 @@ def test_windows_and_slices_change_nothing(constant: str, value: int, monkeypatc
     assert ((parts.float() - whole.float()).norm() / whole.float().norm()).item() < 2e-3  # bf16's rounding
 
 
+@pytest.mark.parametrize("tokens", [1, 31, 32, 33])
+def test_one_window_has_launches_of_its_own_at_any_length(tokens: int) -> None:
+    shape = hopper_cuda.Shape(tokens, 8, 4, 256, 256)
+    assert shape.windows.count == 1 and shape.usual_windows(32) == 1
+
+
 @pytest.mark.parametrize(("share", "usual"), [(0.0, 1), (1.0, 2), (100.0, 9)])
 def test_windows_with_launches_of_their_own(share: float, usual: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper_cuda, "ROW_BUFFER_BYTES", 1)  # 1,024 rows a window, of which 768 begin a new one

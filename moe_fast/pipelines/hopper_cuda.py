@@ -60,9 +60,10 @@ class Shape:
 
     def usual_windows(self, experts: int) -> int:
         """Windows that have rows unless the local experts get more than their share of the tokens by half."""
+        if self.windows.count == 1:
+            return 1
         rows = USUAL_SHARE * self.tokens * self.top_k * self.local / experts
-        slack = self.windows.capacity - 32 * self.rows_per_token
-        return min(self.windows.count, max(1, math.ceil(rows / slack)))
+        return min(self.windows.count, max(1, math.ceil(rows / (self.windows.capacity - 32 * self.rows_per_token))))
 
     @property
     def tokens_at_once(self) -> int:
