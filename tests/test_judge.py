@@ -8,6 +8,7 @@ import pytest
 import torch
 from judging import Run, prepare
 
+from moeref.judge import ties
 from moeref.judge.compare import CRITERIA, Criterion, matched_per_token, row_errors
 from moeref.judge.ties import ambiguous_tokens, other_choices
 from moeref.judge.verdict import ERROR, FAIL, INCONCLUSIVE, PASS, UNSUPPORTED, Verdict, judge
@@ -190,6 +191,19 @@ def test_any_admissible_choice_passes_at_ties_and_others_fail() -> None:
     wrong = trace.output.clone()
     wrong[ambiguous] *= 1.1
     assert judge(TIES, inputs, trace, Run([wrong])).status == FAIL
+
+
+# Token 28 ties between an expert of 0.3 % of its row and experts elsewhere: less than re-quantisation costs the row,
+# but most of what there is in some columns.
+SMALL_PART = "e32l8h256i256k4g1t1-t29-o0-ties-heterogeneous-s11552"
+
+
+def test_at_ties_a_small_part_of_a_row_tells_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, trace = prepare(SMALL_PART)
+    run = Run([moe(inputs, Recipe(requantize=1)).output])
+    assert judge(SMALL_PART, inputs, trace, run, recipe="requant").status == PASS
+    monkeypatch.setattr(ties, "block_errors", row_errors)
+    assert judge(SMALL_PART, inputs, trace, run, recipe="requant").status == FAIL
 
 
 def test_matched_ratio_is_the_published_formula() -> None:

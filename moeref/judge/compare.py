@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from moeref.spec import BLOCK
+
 CHUNK = 1024  # tokens compared at a time, so that temporaries stay small at seq_len 14107
 
 
@@ -66,4 +68,19 @@ def row_errors(output: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         norm = ref.double().norm(dim=1)
         difference = (out.double() - ref.double()).norm(dim=1)
         errors.append(torch.where(difference == 0, difference, difference / norm))
+    return torch.cat(errors) if errors else torch.empty(0, dtype=torch.float64)
+
+
+def block_errors(output: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Root mean square, over a row's blocks of 128 columns, of ||out - ref|| / ||ref|| of the block, [T] float64.
+
+    A block of small values counts as much as one of large values, which `row_errors` does not see beside the rounding
+    of the large ones. 0 where both are zero, inf where only ref is.
+    """
+    errors = []
+    for out, ref in zip(chunks(output), chunks(reference), strict=True):
+        blocks = (len(ref), -1, BLOCK)
+        norm = ref.double().reshape(blocks).norm(dim=2)
+        difference = (out.double() - ref.double()).reshape(blocks).norm(dim=2)
+        errors.append(torch.where(difference == 0, difference, difference / norm).square().mean(1).sqrt())
     return torch.cat(errors) if errors else torch.empty(0, dtype=torch.float64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from moeref.inputs import Inputs
-from moeref.judge.compare import row_errors
+from moeref.judge.compare import block_errors
 from moeref.reference import NORMALISER_EPSILON, Routing, Trace, experts
 from moeref.spec import Geometry
 
@@ -34,8 +34,8 @@ def adopt(inputs: Inputs, trace: Trace, output: torch.Tensor) -> tuple[Trace, in
     part, rows = inputs.take(tokens), output[tokens]
     first = trace.routing
     choices = [Routing(*(field[tokens] for field in vars(first).values())), *other_choices(part, inputs.geometry)]
-    errors = [row_errors(rows, trace.output[tokens])]
-    errors += [row_errors(rows, experts(part, choice).output) for choice in choices[1:]]
+    errors = [block_errors(rows, trace.output[tokens])]
+    errors += [block_errors(rows, experts(part, choice).output) for choice in choices[1:]]
     best = torch.stack(errors).nan_to_num(nan=torch.inf, posinf=torch.finfo(torch.float64).max).argmin(0)  # [n]
     changed = best > 0
     if not bool(changed.any()):

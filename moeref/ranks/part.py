@@ -16,7 +16,7 @@ from moeref.interop.observe import CandidateRun
 from moeref.interop.runner import Runner
 from moeref.interop.shared_inputs import SharedInputs
 from moeref.judge.checks import comparable
-from moeref.judge.compare import CRITERIA, row_errors
+from moeref.judge.compare import CRITERIA, block_errors
 from moeref.judge.noise import Noise, output_noise
 from moeref.judge.ties import ambiguous_tokens, other_choices
 from moeref.judge.verdict import AUTO, FAIL, Known, Verdict, judge
@@ -160,6 +160,6 @@ def _local(trace: Trace, inputs: Inputs) -> torch.Tensor:
 
 def _nearest(rows: torch.Tensor, first: torch.Tensor, others: list[Share]) -> tuple[int, ...]:
     """For each row the choice whose reference lies nearest, the first among equals."""
-    errors = torch.stack([row_errors(rows, each) for each in (first, *(other.unrounded for other in others))])
+    errors = torch.stack([block_errors(rows, each) for each in (first, *(other.unrounded for other in others))])
     nearest: list[int] = errors.nan_to_num(nan=torch.inf).argmin(0).tolist()
     return tuple(nearest)

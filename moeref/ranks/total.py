@@ -15,7 +15,7 @@ import torch
 
 from moeref.judge import checks
 from moeref.judge.checks import Check
-from moeref.judge.compare import CRITERIA, row_errors
+from moeref.judge.compare import CRITERIA, block_errors
 from moeref.judge.noise import SIGMAS, Noise, fit
 from moeref.judge.verdict import ERROR, FAIL, UNSUPPORTED, Figures, Verdict, conclude, measure
 from moeref.ranks.part import Part, Share
@@ -169,7 +169,7 @@ def _settle(
         tokens = part.tossed
         stacked += torch.stack([part.share.unrounded[tokens], *(other.unrounded for other in part.others)])
     stacked, tokens = together.sum(stacked), together.max(tokens)
-    errors = torch.stack([row_errors(total[tokens], choice) for choice in stacked])
+    errors = torch.stack([block_errors(total[tokens], choice) for choice in stacked])
     best = errors.nan_to_num(nan=torch.inf, posinf=torch.finfo(torch.float64).max).argmin(0)  # [n]
     return [_chosen(part, best) for part in parts], int((best > 0).sum()), tossed
 
