@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from test_cli import moeref
 
 from moeref.diagnose.shrink import possible
 from moeref.spec import Problem
-from moeref.testing.fuzz import fuzz
+from moeref.testing.fuzz import BATCH, drawn, fuzz
 from moeref.testing.strategies import problems
 from moeref.verify import Options
 
@@ -64,6 +65,11 @@ def test_the_command_says_what_was_drawn(tmp_path: Path) -> None:
     assert done.returncode == 0 and "20 problems drawn" in done.stdout and "problems a minute" in done.stdout
     assert moeref("fuzz", "--minutes", "1", "--examples", "2").returncode == 2
     assert moeref("fuzz", "--examples", "0").returncode == 2
+
+
+def test_neighbouring_seeds_draw_other_problems() -> None:
+    first, second = ({p.name for p in islice(drawn(None, seed, None, 80, 0), 3 * BATCH)} for seed in (5, 6))
+    assert len(first & second) < 0.1 * BATCH  # the simplest ones may come twice
 
 
 @pytest.mark.parametrize(("examples", "minutes"), [(None, None), (3, 1.0)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -74,7 +75,8 @@ def fuzz(
         batch = 0
         while result.failure is None and not _over(result, examples, deadline):
             left = BATCH if examples is None else min(BATCH, examples - result.drawn)
-            one_batch = _batch(runner, candidate, options, strategy, left, seed + batch, deadline, result, progress)
+            own = batch_seed(seed, batch)
+            one_batch = _batch(runner, candidate, options, strategy, left, own, deadline, result, progress)
             with contextlib.suppress(_Failing):  # kept in result.failure
                 one_batch()
             batch += 1
@@ -83,6 +85,11 @@ def fuzz(
             _keep(kept, result.failure.label)
     result.seconds = time.monotonic() - start
     return result
+
+
+def batch_seed(seed: int, batch: int) -> int:
+    """Hypothesis's seed of a run's batch. Not seed + batch: runs of neighbouring seeds would share most problems."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {batch}".encode()).digest()[:4], "big")
 
 
 def drawn(examples: int | None, seed: int, geometry: Geometry | None, most_tokens: int, kept: int) -> Iterator[Problem]:
@@ -94,7 +101,7 @@ def drawn(examples: int | None, seed: int, geometry: Geometry | None, most_token
     done, batch = kept, 0
     while examples is None or done < examples:
         count = BATCH if examples is None else min(BATCH, examples - done)
-        found = _some(strategy, count, seed + batch)
+        found = _some(strategy, count, batch_seed(seed, batch))
         yield from found
         done, batch = done + len(found), batch + 1
 
