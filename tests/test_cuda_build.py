@@ -64,7 +64,7 @@ def test_later_windows_compile_with_few_spills_between_products(tmp_path: Path) 
     sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     products = [number for number, line in enumerate(sass) if "QGMMA.64x128x32" in line]
     between = sass[products[0] : products[-1]]
-    # 33 with grouped_gemm.cu's registers, which made the GEMMs 1.7 times slower; 0 to 6 now, as the compiler likes.
+    # 39 with grouped_gemm.cu's registers, which made the GEMMs 1.7 times slower; 0 with CUDA 13.0's nvcc.
     assert len(products) == 8 and sum("STL" in line or "LDL" in line for line in between) <= 8
 
 
