@@ -13,6 +13,25 @@ from moeref.spec import Problem
 NAME = "small-t{}-o8-{}-model_like-s0"
 
 
+def test_a_short_call_loads_what_a_longer_one_may_need_within_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[int] = []
+
+    class Asked(Exception):
+        pass
+
+    def kernel_for(top_k: int, device: torch.device, cluster: int) -> None:
+        loaded.append(top_k)
+        raise Asked
+
+    monkeypatch.setattr(hopper_cuda, "kernel_for", kernel_for)
+    none = torch.empty(0)
+    states = type("OnACard", (), {"shape": (4, 256), "device": torch.device("cuda")})()
+    weights = type("Weights", (), {"shape": (8, 256, 256)})()
+    with pytest.raises(Asked):
+        hopper_cuda.run(none, none, states, none, none, none, weights, none, 0, 2.5, none, top_k=4)
+    assert loaded == [4]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("routing", ["iid", "one_expert"])

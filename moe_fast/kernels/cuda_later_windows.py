@@ -11,7 +11,7 @@ import ctypes
 import torch
 
 from moe_fast.kernels import cuda_grouped_gemm as gemm
-from moe_fast.kernels.cuda_build import load
+from moe_fast.kernels.cuda_build import Kernel, load
 from moe_fast.kernels.cuda_combine import combine_params, combine_torch
 from moe_fast.kernels.cuda_grouped_gemm import Direct
 from moe_fast.target import target_of
@@ -32,6 +32,14 @@ class WindowsParams(ctypes.Structure):
 def defines(cluster: int, top_k: int) -> tuple[tuple[str, int], ...]:
     """What a variant of later_windows.cu is compiled with."""
     return (*gemm.defines(cluster), ("TOP_K", top_k))
+
+
+def kernel_for(top_k: int, device: torch.device, cluster: int = 2) -> Kernel:
+    """The kernel, compiled or loaded if need be, which can't be done within a graph capture."""
+    return load(
+        "later_windows.cu", defines(cluster, top_k), "later_windows_kernel", gemm.THREADS, gemm.DYNAMIC_SHARED,
+        device.index or 0,
+    )  # fmt: skip
 
 
 def later_windows(
@@ -73,10 +81,7 @@ def later_windows(
     combine = combine_params(gemm2_out, token_weights, token_rows, combine_tokens, combine_offsets, output)
     counts = WindowsParams(first, windows, capacity, tiles_done.shape[1], 0)
     device = output.device
-    kernel = load(
-        "later_windows.cu", defines(cluster, token_rows.shape[1]), "later_windows_kernel", gemm.THREADS,
-        gemm.DYNAMIC_SHARED, device.index or 0,
-    )  # fmt: skip
+    kernel = kernel_for(token_rows.shape[1], device, cluster)
     blocks = target_of(device).sm_count // cluster * cluster
     maps = gemm.weights_map(gemm1_weights), gemm.weights_map(gemm2_weights)
     stream = torch.cuda.current_stream(device).cuda_stream

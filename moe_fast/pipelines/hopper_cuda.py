@@ -17,7 +17,7 @@ import torch
 
 from moe_fast.kernels.cuda_combine import combine
 from moe_fast.kernels.cuda_grouped_gemm import Direct, grouped_gemms, num_tiles, scale_stride
-from moe_fast.kernels.cuda_later_windows import later_windows
+from moe_fast.kernels.cuda_later_windows import kernel_for, later_windows
 from moe_fast.kernels.cuda_route import MAX_WINDOWS, Windows, mask_words, place, route, scale_columns
 
 RECIPE = "requant"
@@ -154,6 +154,8 @@ def run(
     device = hidden_states.device
     if out is None:
         out = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=device)
+    if device.type == "cuda":
+        kernel_for(top_k, device, cluster)  # also where one window suffices: a longer call may come within a capture
     whole = Shape(tokens, gemm2_weights.shape[0], top_k, hidden, gemm2_weights.shape[2])
     for start in range(0, tokens, whole.tokens_at_once):
         part = slice(start, min(start + whole.tokens_at_once, tokens))
