@@ -72,14 +72,21 @@ def test_windows_with_launches_of_their_own(share: float, usual: int, monkeypatc
     monkeypatch.setattr(hopper_cuda, "USUAL_SHARE", share)
     shape = hopper_cuda.Shape(800, 32, 8, 128, 128)
     assert shape.windows.count == 9 and shape.usual_windows(256) == usual
-    assert torch.equal(run(PROBLEMS[1]), run_with_every_window_alone(monkeypatch))
 
 
-def run_with_every_window_alone(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
-    """The same problem, no window sharing a launch."""
-    monkeypatch.setattr(hopper_cuda, "USUAL_SHARE", 100.0)
-    hopper_cuda.release_workspaces()
-    return run(PROBLEMS[1])
+def test_windows_that_share_a_launch_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "small-t900-o8-iid-model_like-s0"
+    monkeypatch.setattr(hopper_cuda, "ROW_BUFFER_BYTES", 1)
+    outputs = []
+    for share in (100.0, 0.0):
+        monkeypatch.setattr(hopper_cuda, "USUAL_SHARE", share)
+        hopper_cuda.release_workspaces()
+        outputs.append(run(name))
+    (space,) = hopper_cuda._workspaces.values()
+    assert (space.expert_offsets[:, -1] > 0).sum() > 1  # windows with rows
+    assert torch.equal(*outputs)
+    monkeypatch.setattr(hopper_cuda, "later_windows", lambda *args: None)
+    assert not torch.equal(run(name), outputs[0]), "the later windows' rows are not left out unseen"
 
 
 def test_a_row_that_nobody_writes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
