@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -12,11 +13,21 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 
 
+def ldexp(x: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+    """x * 2**exponent, exponent int32, on the tensors' own device.
+
+    Not torch.ldexp: up to 2.13 at least it launches its kernel on the current device, so that on any other one the
+    result is arbitrary or the access illegal (https://github.com/pytorch/pytorch/issues/189567).
+    """
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        return torch.ldexp(x, exponent)
+
+
 def power_of_two_ceil(scale: torch.Tensor) -> torch.Tensor:
     """The smallest power of two at or above each positive scale (UE8M0 keeps only the exponent); 0 stays 0."""
     mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2**exponent, mantissa in [1/2, 1)
     exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
-    return torch.where(scale > 0, torch.ldexp(torch.ones_like(scale), exponent), scale)
+    return torch.where(scale > 0, ldexp(torch.ones_like(scale), exponent), scale)
 
 
 def quantize_1x128(x: torch.Tensor, scale_format: str = "fp32") -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,11 +89,11 @@ def spacing_e4m3(x: torch.Tensor) -> torch.Tensor:
     """Distance between neighbouring e4m3 numbers at |x| <= 448: 2**(max(floor(log2|x|), -6) - 3)."""
     exponent = torch.frexp(x)[1] - 1  # floor(log2|x|); 0 gives -1, raised to -6 below
     exponent = torch.where(x == 0, torch.full_like(exponent, -6), exponent).clamp(min=-6)
-    return torch.ldexp(torch.ones_like(x), exponent - 3)
+    return ldexp(torch.ones_like(x), exponent - 3)
 
 
 def spacing_bf16(x: torch.Tensor) -> torch.Tensor:
     """Distance between neighbouring bfloat16 numbers at x: 2**(max(floor(log2|x|), -126) - 7)."""
     exponent = torch.frexp(x)[1] - 1  # floor(log2|x|); 0 gives -1, lowered to -126 below
     exponent = torch.where(x == 0, torch.full_like(exponent, -126), exponent).clamp(min=-126)
-    return torch.ldexp(torch.ones_like(x), exponent - 7)
+    return ldexp(torch.ones_like(x), exponent - 7)

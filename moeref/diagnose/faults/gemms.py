@@ -10,6 +10,7 @@ from torch import Tensor
 from moeref.diagnose.faults.registry import fault
 from moeref.diagnose.kernel import Kernel
 from moeref.inputs import FP8, Inputs
+from moeref.quant import ldexp
 from moeref.reference import Permutation, expert_spans
 from moeref.spec import BLOCK
 
@@ -20,7 +21,7 @@ def short_accumulator(x: Tensor, weight: Tensor, bits: int = 14, step: int = 32)
     for start in range(0, x.shape[1], step):
         part = x[:, start : start + step] @ weight[:, start : start + step].T
         exponent = torch.frexp(torch.maximum(total.abs(), part.abs()))[1]
-        unit = torch.ldexp(torch.ones_like(total), exponent - bits)
+        unit = ldexp(torch.ones_like(total), exponent - bits)
         total = torch.trunc((total + part) / unit) * unit
     return total
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from moeref.diagnose.faults.registry import fault
 from moeref.diagnose.kernel import Kernel
 from moeref.inputs import Inputs
-from moeref.quant import power_of_two_ceil
+from moeref.quant import ldexp, power_of_two_ceil
 from moeref.reference import Permutation
 
 
@@ -21,7 +21,7 @@ def power_of_two_up(scale: Tensor) -> Tensor:
 
 def power_of_two_down(scale: Tensor) -> Tensor:
     """Only the exponent is kept."""
-    return torch.where(scale == 0, scale, torch.ldexp(torch.ones_like(scale), torch.frexp(scale)[1] - 1) * scale.sign())
+    return torch.where(scale == 0, scale, ldexp(torch.ones_like(scale), torch.frexp(scale)[1] - 1) * scale.sign())
 
 
 def nearest_power_of_two(scale: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn.functional import gelu, silu
 from moeref.diagnose.readout.craft import GATE, Stand, choose, companions, put
 from moeref.diagnose.result import Finding
 from moeref.inputs import FP8
-from moeref.quant import FP8_MAX, dequantize_1x128, power_of_two_ceil, quantize_1x128
+from moeref.quant import FP8_MAX, dequantize_1x128, ldexp, power_of_two_ceil, quantize_1x128
 from moeref.spec import BLOCK
 
 # The activation
@@ -114,7 +114,7 @@ def _judge_activation(up: torch.Tensor, gate: torch.Tensor, out: torch.Tensor) -
 
 def _four_bits(values: torch.Tensor) -> torch.Tensor:
     mantissa, exponent = torch.frexp(values)  # mantissa in [1/2, 1)
-    return torch.ldexp((mantissa * 16).round(), exponent - 4)
+    return ldexp((mantissa * 16).round(), exponent - 4)
 
 
 # The re-quantised value
