@@ -23,8 +23,8 @@ SHARED_BYTES = 227 * 1024
 EVICT_FIRST_HITS = 3
 """Up to so many hit experts, weights are read with the L2's evict-first policy (docs/h100.md)."""
 
-SHORT_QUEUE_HITS, SHORT_QUEUE = 2, 10
-"""Up to so many hit experts, so many slots at most are under way: what is asked for queues behind them."""
+UNDER_WAY = 5
+"""Slots of the ring that are asked for and have not come, at most: whatever else is asked for queues behind them."""
 
 LAYOUT = struct.Struct("11P2ifi")
 """Params of few_tokens.cu: eleven pointers, tokens, offset, factor, scale_stride."""
@@ -74,8 +74,7 @@ def defines(
         ("STAGES", ring(hidden, inter, local, top_k)[0]),
         ("ITEMS", -(-hidden // 8 // sm_count)),
         ("EVICT_FIRST_HITS", EVICT_FIRST_HITS),
-        ("SHORT_QUEUE_HITS", SHORT_QUEUE_HITS),
-        ("SHORT_QUEUE", SHORT_QUEUE),
+        ("UNDER_WAY", UNDER_WAY),
     )
 
 

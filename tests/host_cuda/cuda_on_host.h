@@ -282,6 +282,8 @@ inline u32 __ballot_sync(u32, int holds) {
     return lanes;
 }
 
+inline bool __any_sync(u32, bool holds) { return __ballot_sync(ALL, holds) != 0; }
+
 // ---- global memory
 inline int atomicAdd(int* at, int value) {
     host::let_others();
@@ -294,9 +296,18 @@ inline u32 atomicOr(u32* at, u32 value) {
     *at |= value;
     return before;
 }
+inline void add_release(int* at, int value) { atomicAdd(at, value); }
 inline int load_acquire(const int* from) {
     host::let_others();
     return *from;
+}
+inline float4 load_relaxed4(const float* from) {
+    host::let_others();
+    return *reinterpret_cast<const float4*>(from);
+}
+inline void store_relaxed(float* to, float value) {
+    *to = value;
+    host::let_others();
 }
 template <class T>
 T __ldg(const T* from) {
@@ -323,6 +334,7 @@ void __stcs(T* to, T value) {
 // ---- arithmetic
 inline int __float_as_int(float f) { return host::of_bits<int>(host::bits(f)); }
 inline float __int_as_float(int i) { return host::of_bits<float>(host::bits(i)); }
+inline u32 __float_as_uint(float f) { return u32(host::bits(f)); }
 inline float __uint_as_float(u32 i) { return host::of_bits<float>(host::bits(i)); }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline int __popc(u32 word) { return __builtin_popcount(word); }

@@ -7,6 +7,9 @@ struct Pairs {
     explicit Pairs(u32 four) : four(four) {}
 };
 
+inline void multiply_add(float (&d)[4], u32 upper, u32 lower, const Pairs& b);
+inline void multiply_add(float (&d)[4], u32 upper, const Pairs& b) { multiply_add(d, upper, 0, b); }
+
 inline void multiply_add(float (&d)[4], u32 upper, u32 lower, const Pairs& b) {
     host::meet(u64(upper) | u64(lower) << 32, b.four);
     const host::Warp& w = host::warp();

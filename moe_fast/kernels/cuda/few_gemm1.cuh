@@ -1,19 +1,36 @@
-// gemm1 of one share: tiles of 8 columns of swiglu_out.
+// gemm1 of one share: tiles of 4 columns of swiglu_out.
 #pragma once
 #include "few_multiply.cuh"
 
-// The tokens' bytes that a warp needs for gemm1, held in registers: they are the same for every expert.
-struct Activations {
-    Pairs payload[PART1][2][4];  // token g's bytes 64 h + 16 q.. of each block
+// The tokens' bytes that a warp needs for gemm1, as they are in memory: token g's bytes 64 h + 16 q.. of each block.
+// A column without a token has the last one's: nobody looks at it.
+struct TokenBytes {
+    uint4 bytes[PART1][2];
 
     INLINE void load(const Params& p, int warp, int lane) {
-        const u8* from = p.hidden_states + i64(lane >> 2) * HIDDEN + warp * PART1 * 128 + (lane & 3) * 16;
+        const int token = min(lane >> 2, p.tokens - 1);
+        const u8* from = p.hidden_states + i64(token) * HIDDEN + warp * PART1 * 128 + (lane & 3) * 16;
 #pragma unroll
         for (int b = 0; b < PART1; ++b) {
-            const bool real = warp * PART1 + b < HIDDEN_BLOCKS && (lane >> 2) < p.tokens;
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const uint4 bytes = real ? __ldg(reinterpret_cast<const uint4*>(from + b * 128 + h * 64)) : uint4{};
+                const uint4* at = reinterpret_cast<const uint4*>(from + b * 128 + h * 64);
+                bytes[b][h] = has_block1(warp, b) ? __ldg(at) : uint4{};
+            }
+        }
+    }
+};
+
+// The same, converted. They stay in registers, for they are the same for every expert.
+struct Activations {
+    Pairs payload[PART1][2][4];
+
+    INLINE explicit Activations(const TokenBytes& of) {
+#pragma unroll
+        for (int b = 0; b < PART1; ++b) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const uint4 bytes = of.bytes[b][h];
                 payload[b][h][0] = Pairs(bytes.x), payload[b][h][1] = Pairs(bytes.y);
                 payload[b][h][2] = Pairs(bytes.z), payload[b][h][3] = Pairs(bytes.w);
             }
@@ -21,9 +38,10 @@ struct Activations {
     }
 };
 
-INLINE void load_x_scale(const Params& p, Shared& s) {
+// By threads first.. of `threads`.
+INLINE void load_x_scale(const Params& p, Shared& s, int first, int threads) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < HIDDEN_BLOCKS * TOKENS; i += 32 * MATH_WARPS) {
+    for (int i = first; i < HIDDEN_BLOCKS * TOKENS; i += threads) {
         const int block = i / TOKENS, token = i % TOKENS;
         s.x_scale[block][token] =
             token < p.tokens ? __ldg(p.hidden_states_scale + i64(block) * p.scale_stride + token) : 0.0f;
@@ -34,54 +52,60 @@ INLINE void load_x_scale(const Params& p, Shared& s) {
 INLINE float gemm1_scale(const Params& p, const Shared& s, int tile, int end, int warp, int lane) {
     const int block = warp * PART1 + (lane & 15);
     if (tile >= end || (lane & 15) >= PART1 || block >= HIDDEN_BLOCKS) return 0.0f;
-    const int row = tile % TILES / 16 + (lane < 16 ? 0 : INTER_BLOCKS);
+    const int row = tile % TILES * COLUMNS / 128 + (lane < 16 ? 0 : INTER_BLOCKS);
     return __ldg(p.gemm1_weights_scale + (i64(s.expert[tile / TILES]) * 2 * INTER_BLOCKS + row) * HIDDEN_BLOCKS +
                  block);
 }
 
-// sum: up of tokens 2q, 2q + 1 at column g of the tile, whose slots begin with n, then gate.
-INLINE void multiply_gemm1(float (&sum)[4], const Shared& s, const Activations& x, const Ring& ring, int n,
+// sum: of tokens 2q, 2q + 1 with row g of the tile, whose slots begin with n: up's column g, or gate's column g - 4.
+INLINE void multiply_gemm1(float (&sum)[2], const Shared& s, const Activations& x, const Ring& ring, int n,
                            float scales, int warp, int lane) {
     const int g = lane >> 2;
-    const u32 within = (g & 1) * ROW1 + (lane & 3) * 16 + warp * PART1 * 128;
-    const u32 up_row = ring.slot(n + g / 2) + within, gate_row = ring.slot(n + 4 + g / 2) + within;
+    const u32 row = ring.slot(n + g / 2) + (g & 1) * ROW1 + (lane & 3) * 16 + warp * PART1 * 128;
 #pragma unroll
     for (int b = 0; b < PART1; ++b) {
-        const float up_scale = __shfl_sync(ALL, scales, b), gate_scale = __shfl_sync(ALL, scales, 16 + b);
-        if (warp * PART1 + b >= HIDDEN_BLOCKS) break;
+        const float row_scale = __shfl_sync(ALL, scales, g < COLUMNS ? b : 16 + b);
+        if (!has_block1(warp, b)) break;
         float d[4] = {};
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const int4 up = load_shared4i(up_row + b * 128 + h * 64), gate = load_shared4i(gate_row + b * 128 + h * 64);
-            multiply_add(d, up.x, gate.x, x.payload[b][h][0]);
-            multiply_add(d, up.y, gate.y, x.payload[b][h][1]);
-            multiply_add(d, up.z, gate.z, x.payload[b][h][2]);
-            multiply_add(d, up.w, gate.w, x.payload[b][h][3]);
+            const int4 v = load_shared4i(row + b * 128 + h * 64);
+            multiply_add(d, v.x, x.payload[b][h][0]);
+            multiply_add(d, v.y, x.payload[b][h][1]);
+            multiply_add(d, v.z, x.payload[b][h][2]);
+            multiply_add(d, v.w, x.payload[b][h][3]);
         }
         const float2 scale = *reinterpret_cast<const float2*>(&s.x_scale[warp * PART1 + b][2 * (lane & 3)]);
-        sum[0] += d[0] * (scale.x * up_scale);
-        sum[1] += d[1] * (scale.y * up_scale);
-        sum[2] += d[2] * (scale.x * gate_scale);
-        sum[3] += d[3] * (scale.y * gate_scale);
+        sum[0] += d[0] * (scale.x * row_scale);
+        sum[1] += d[1] * (scale.y * row_scale);
     }
+}
+
+// Where a lane's value of a tile goes, or null where its token did not choose the expert.
+INLINE float* swiglu_at(const Params& p, const Shared& s, int tile, int lane) {
+    const int hit = tile / TILES, token = lane / COLUMNS, column = tile % TILES * COLUMNS + lane % COLUMNS;
+    return s.chosen_by[hit] >> token & 1 ? p.swiglu_out + (i64(hit) * TOKENS + token) * INTER + column : nullptr;
 }
 
 INLINE void store_swiglu(const Params& p, const Shared& s, const float (&partial)[MATH_WARPS][128], int tile,
                          int lane) {
-    const int hit = tile / TILES, column = tile % TILES * 8 + (lane >> 2);
-    float sum[4] = {};
+    const int token = lane / COLUMNS, at = 32 * (token & 1) + 4 * (lane % COLUMNS) + token / 2;
+    float up = 0.0f, gate = 0.0f;
 #pragma unroll
-    for (int w = 0; w < MATH_WARPS; ++w) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum[i] += partial[w][32 * i + lane];
+    for (int w = 0; w < MATH_WARPS; ++w) up += partial[w][at], gate += partial[w][at + 16];
+    float* to = swiglu_at(p, s, tile, lane);
+    if (to) store_relaxed(to, up * silu(gate));
+}
+
+// The share's values of an earlier call go, so that nobody takes one for this call's: everybody waits until all have.
+INLINE void blank_share1(const Params& p, const Shared& s, int begin, int end, int warp, int lane) {
+#pragma unroll 1
+    for (int tile = begin + warp; tile < end; tile += MATH_WARPS) {
+        float* to = swiglu_at(p, s, tile, lane);
+        if (to) store_relaxed(to, __uint_as_float(UNWRITTEN));
     }
-#pragma unroll
-    for (int t = 0; t < 2; ++t) {
-        const int token = 2 * (lane & 3) + t;
-        if (s.chosen_by[hit] >> token & 1) {
-            __stcg(p.swiglu_out + (i64(hit) * TOKENS + token) * INTER + column, sum[t] * silu(sum[2 + t]));
-        }
-    }
+    math_sync();
+    if (threadIdx.x == 0) add_release(p.counters + BLANKED, 1);
 }
 
 // gemm1 of one share; n counts the ring's slots.
@@ -89,23 +113,20 @@ INLINE void multiply_share1(const Params& p, Shared& s, const Ring& ring, const 
                             int warp, int lane) {
     const int begin = share_begin(share, s.hits * TILES), end = share_begin(share + 1, s.hits * TILES);
     float scales = gemm1_scale(p, s, begin, end, warp, lane);
+    blank_share1(p, s, begin, end, warp, lane);
     for (int tile = begin; tile < end; ++tile, n += TILE_SLOTS) {
         const float next = gemm1_scale(p, s, tile + 1, end, warp, lane);
 #pragma unroll 1
         for (int i = 0; i < TILE_SLOTS; ++i) ring.await_full(n + i);
-        float sum[4] = {};
+        float sum[2] = {};
         multiply_gemm1(sum, s, x, ring, n, scales, warp, lane);
         ring.release(n, TILE_SLOTS, lane);
         scales = next;
         auto& partial = s.partial[tile & 1];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) partial[warp][32 * i + lane] = sum[i];
+        for (int i = 0; i < 2; ++i) partial[warp][32 * i + lane] = sum[i];
         math_sync();  // the other buffer's readers have come here too, so it is free
         if (warp == (tile & 7)) store_swiglu(p, s, partial, tile, lane);
     }
-    math_sync();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        atomicAdd(p.counters + DONE_GEMM1, 1);
-    }
+    math_sync();  // the last buffer is free
 }

@@ -2,7 +2,7 @@
 #pragma once
 #include "few_multiply.cuh"
 
-// A token's SwiGLU for one hit expert, as gemm1 left it: token g's columns 64 h + 16 q.. of each block.
+// A token's SwiGLU for one hit expert, as gemm1 leaves it: token g's columns 64 h + 16 q.. of each block.
 struct Swiglu {
     float4 value[PART2][8];
 
@@ -17,9 +17,23 @@ struct Swiglu {
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 const float* at = from + (i >> 2) * 64 + (i & 3) * 4;
-                value[b][i] = real ? __ldcg(reinterpret_cast<const float4*>(at)) : float4{};
+                value[b][i] = real ? load_relaxed4(at) : float4{};
             }
         }
+    }
+
+    INLINE bool unwritten() const {
+        u32 largest = 0;
+#pragma unroll
+        for (int b = 0; b < PART2; ++b) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const float4 v = value[b][i];
+                largest = max(largest, max(max(__float_as_uint(v.x), __float_as_uint(v.y)),
+                                           max(__float_as_uint(v.z), __float_as_uint(v.w))));
+            }
+        }
+        return largest == UNWRITTEN;
     }
 };
 
@@ -96,8 +110,13 @@ INLINE void multiply_share2(const Params& p, Shared& s, const Ring& ring, int sh
     float acc[PAIRS][4] = {};  // of two tiles: column g, tokens 2q and 2q + 1
     float scales = gemm2_scale(p, s, 0, begin, end, warp, lane);
     Swiglu swiglu;
-    swiglu.load(p, s, 0, warp, lane);
+    bool asked = false;
     for (int hit = 0; hit < s.hits; ++hit) {
+#pragma unroll 1
+        while (!asked || __any_sync(ALL, swiglu.unwritten())) {
+            swiglu.load(p, s, hit, warp, lane);
+            asked = true;
+        }
         Requantized x;
         x.from(swiglu, lane);
         swiglu.load(p, s, hit + 1, warp, lane);

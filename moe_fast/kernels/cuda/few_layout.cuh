@@ -12,7 +12,7 @@ struct Params {
     const u8* gemm2_weights;           // [LOCAL, HIDDEN, INTER] e4m3
     const float* gemm2_weights_scale;  // [LOCAL, HIDDEN/128, INTER/128]
     u16* output;                       // [T, HIDDEN] bf16
-    float* swiglu_out;                 // [MAX_HITS, TOKENS, INTER]
+    float* swiglu_out;                 // [MAX_HITS, TOKENS, INTER], or UNWRITTEN
     int* counters;                     // [4] of DRAWN.., zero between calls
     int tokens;                        // T, at most TOKENS
     int offset;                        // local_expert_offset
@@ -20,7 +20,8 @@ struct Params {
     int scale_stride;
 };
 
-// Two warpgroups multiply; of the third one warp loads, the others are there because registers move by the warpgroup.
+// Two warpgroups multiply; of the third one warp loads and one watches, the others are there because registers move by
+// the warpgroup.
 constexpr int TOKENS = 8, MATH_WARPS = 8, THREADS = 384;
 constexpr int MAX_HITS = TOKENS * TOP_K < LOCAL ? TOKENS * TOP_K : LOCAL;
 constexpr int WORDS = (LOCAL + 31) / 32;
@@ -28,18 +29,23 @@ constexpr int HIDDEN_BLOCKS = HIDDEN / 128, INTER_BLOCKS = INTER / 128;
 // The warps share K: warp w has blocks w * PART.. of 128; one without any still takes part in the barriers.
 constexpr int PART1 = (HIDDEN_BLOCKS + MATH_WARPS - 1) / MATH_WARPS;
 constexpr int PART2 = (INTER_BLOCKS + MATH_WARPS - 1) / MATH_WARPS;
-constexpr int TILES = INTER / 8;  // of gemm1, an expert
+constexpr int COLUMNS = 4, TILES = INTER / COLUMNS;  // of swiglu_out, in a tile of gemm1; tiles an expert
 constexpr int OUTPUT_TILES = HIDDEN / 8, PAIRS = (ITEMS + 1) / 2;
-// A slot holds two rows of gemm1's weights, so that a tile takes eight (up's, then gate's), or a tile of gemm2's. Rows
+// A slot holds two rows of gemm1's weights, so that a tile takes four (up's, then gate's), or a tile of gemm2's. Rows
 // are 64 bytes further apart than they are long: two rows, read together, lie in different banks.
-constexpr int TILE_SLOTS = 8;
+constexpr int TILE_SLOTS = COLUMNS;
 constexpr int ROW1 = HIDDEN + 64, ROW2 = INTER + 64;
 constexpr int SLOT = 2 * ROW1 > 8 * ROW2 ? 2 * ROW1 : 8 * ROW2;
 static_assert(PART1 <= 16 && 2 * PAIRS * PART2 <= 32, "a warp's scales must fit its lanes");
-static_assert(STAGES > TILE_SLOTS && SHORT_QUEUE > TILE_SLOTS, "more than one tile of gemm1");
+static_assert(STAGES > TILE_SLOTS && STAGES > UNDER_WAY, "more than one tile of gemm1");
+static_assert(COLUMNS * TOKENS == 32, "a lane for each value of a tile");
 static_assert(MAX_HITS <= THREADS && WORDS <= THREADS && STAGES <= THREADS, "a thread each");
 
-enum { DRAWN_GEMM1, DONE_GEMM1, DRAWN_GEMM2, LEFT };
+enum { DRAWN_GEMM1, BLANKED, DRAWN_GEMM2, LEFT };
+
+// A value of swiglu_out that is still to come; no arithmetic gives it (its NaN is 0x7FFFFFFF). Who reads it asks again,
+// so that a value takes one way through the L2; a counter would add the wait until it is stored, its own way and a poll's.
+enum : u32 { UNWRITTEN = 0xFFFFFFFF };
 
 struct Shared {
     u64 full[STAGES], empty[STAGES], drawn, taken;
@@ -60,10 +66,11 @@ struct Ring {
     INLINE u32 slot(int n) const { return slots + n % STAGES * SLOT; }
     INLINE u32 full_bar(int n) const { return full + n % STAGES * 8; }
     INLINE void await_full(int n) const { barrier_wait(full_bar(n), n / STAGES & 1); }
-    // Slot n has been read as often as it was filled, and at most `in_flight` slots before it have not been read.
-    INLINE void await_empty(int n, int in_flight) const {
-        const int read = n - in_flight;  // the last slot that must have been read
-        if (read >= 0) barrier_wait(empty + read % STAGES * 8, read / STAGES & 1);
+    // Slot n has been read as often as it was filled, and of the slots before it fewer than UNDER_WAY have not come:
+    // what is asked for queues behind them.
+    INLINE void await_empty(int n) const {
+        if (n >= UNDER_WAY) await_full(n - UNDER_WAY);
+        if (n >= STAGES) barrier_wait(empty + n % STAGES * 8, n / STAGES + 1 & 1);
     }
     // This warp has read `count` slots.
     INLINE void release(int n, int count, int lane) const {
@@ -77,6 +84,11 @@ struct Ring {
 };
 
 INLINE void math_sync() { named_barrier_sync(1, 32 * MATH_WARPS); }
+
+// Whether a warp has a b-th block of HIDDEN.
+INLINE bool has_block1(int warp, int b) {
+    return PART1 * MATH_WARPS == HIDDEN_BLOCKS || warp * PART1 + b < HIDDEN_BLOCKS;
+}
 
 // Share s of `all` things among the grid's CTAs.
 INLINE int share_begin(int s, int all) { return int(u32(s) * u32(all) / gridDim.x); }

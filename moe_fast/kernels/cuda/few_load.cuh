@@ -2,27 +2,26 @@
 #pragma once
 #include "few_layout.cuh"
 
-INLINE void load_gemm1_tile(const Params& p, const Shared& s, const Ring& ring, int tile, int& n, int in_flight,
-                            int lane, u64 policy) {
-    const u8* up = p.gemm1_weights + (i64(s.expert[tile / TILES]) * 2 * INTER + tile % TILES * 8) * HIDDEN;
+INLINE void load_gemm1_tile(const Params& p, const Shared& s, const Ring& ring, int tile, int& n, int lane, u64 policy) {
+    const u8* up = p.gemm1_weights + (i64(s.expert[tile / TILES]) * 2 * INTER + tile % TILES * COLUMNS) * HIDDEN;
 #pragma unroll 1
     for (int i = 0; i < TILE_SLOTS; ++i, ++n) {
         if (lane == 0) {
-            ring.await_empty(n, in_flight);
+            ring.await_empty(n);
             barrier_arrive_expect(ring.full_bar(n), 2 * HIDDEN);
         }
         __syncwarp();
         if (lane < 2) {
-            const u8* from = up + i64(i < 4 ? 2 * i + lane : INTER + 2 * (i - 4) + lane) * HIDDEN;
+            const int row = 2 * i + lane;  // of the tile: up's, then gate's
+            const u8* from = up + i64(row < COLUMNS ? row : INTER + row - COLUMNS) * HIDDEN;
             bulk_load(ring.slot(n) + lane * ROW1, from, HIDDEN, ring.full_bar(n), policy);
         }
     }
 }
 
-INLINE void load_gemm2_tile(const Params& p, int expert, const Ring& ring, int tile, int& n, int in_flight, int lane,
-                            u64 policy) {
+INLINE void load_gemm2_tile(const Params& p, int expert, const Ring& ring, int tile, int& n, int lane, u64 policy) {
     if (lane == 0) {
-        ring.await_empty(n, in_flight);
+        ring.await_empty(n);
         barrier_arrive_expect(ring.full_bar(n), 8 * INTER);
     }
     __syncwarp();
@@ -33,11 +32,12 @@ INLINE void load_gemm2_tile(const Params& p, int expert, const Ring& ring, int t
     ++n;
 }
 
-// Draws the next share and shows it to the math warps when they have seen the one before.
-INLINE int draw(const Params& p, Shared& s, int which, int& draws, int lane) {
-    int next = 0;
+// The next share; asked for when one begins, for the answer takes microseconds while weights stream in.
+INLINE int draw(const Params& p, int which, int lane) { return lane == 0 ? atomicAdd(p.counters + which, 1) : 0; }
+
+// Shows it to the math warps when they have seen the one before.
+INLINE int show_drawn(Shared& s, int next, int& draws, int lane) {
     if (lane == 0) {
-        next = atomicAdd(p.counters + which, 1);
         barrier_wait(shared_address(&s.taken), (draws & 1) ^ 1);
         s.next = next;
         barrier_arrive(shared_address(&s.drawn));
@@ -48,23 +48,25 @@ INLINE int draw(const Params& p, Shared& s, int which, int& draws, int lane) {
 
 INLINE void load_everything(const Params& p, Shared& s, const Ring& ring, int lane) {
     const u64 policy = s.hits <= EVICT_FIRST_HITS ? evict_first_policy() : evict_normal_policy();
-    const int in_flight = s.hits <= SHORT_QUEUE_HITS && SHORT_QUEUE < STAGES ? SHORT_QUEUE : STAGES;
     const int shares = gridDim.x;
     int n = 0, draws = 0;
-    for (int share = s.first[0]; share < shares; share = draw(p, s, DRAWN_GEMM1, draws, lane)) {
-        const int end = share_begin(share + 1, s.hits * TILES);
+    for (int share = s.first[0]; share < shares;) {
+        const int next = draw(p, DRAWN_GEMM1, lane), end = share_begin(share + 1, s.hits * TILES);
 #pragma unroll 1
         for (int tile = share_begin(share, s.hits * TILES); tile < end; ++tile) {
-            load_gemm1_tile(p, s, ring, tile, n, in_flight, lane, policy);
+            load_gemm1_tile(p, s, ring, tile, n, lane, policy);
         }
+        share = show_drawn(s, next, draws, lane);
     }
-    for (int share = s.first[1]; share < shares; share = draw(p, s, DRAWN_GEMM2, draws, lane)) {
+    for (int share = s.first[1]; share < shares;) {
+        const int next = draw(p, DRAWN_GEMM2, lane);
         const int begin = share_begin(share, OUTPUT_TILES), end = share_begin(share + 1, OUTPUT_TILES);
         for (int hit = 0; hit < s.hits; ++hit) {
 #pragma unroll 1
             for (int tile = begin; tile < end; ++tile) {
-                load_gemm2_tile(p, s.expert[hit], ring, tile, n, in_flight, lane, policy);
+                load_gemm2_tile(p, s.expert[hit], ring, tile, n, lane, policy);
             }
         }
+        share = show_drawn(s, next, draws, lane);
     }
 }

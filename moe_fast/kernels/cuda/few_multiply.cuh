@@ -1,5 +1,5 @@
-// The product of 16 rows of weights and 8 tokens, which gemm1 and gemm2 share. Thread (g, q) of a warp: g = lane / 4,
-// q = lane % 4.
+// The product of 16 rows of weights, or 8, and 8 tokens. Thread (g, q) of a warp: g = lane / 4, q =
+// lane % 4.
 #pragma once
 #include "few_layout.cuh"
 
@@ -23,4 +23,14 @@ INLINE void multiply_add(float (&d)[4], u32 upper, u32 lower, const Pairs& b) {
         "%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(u.low), "r"(l.low), "r"(u.high), "r"(l.high), "r"(b.low), "r"(b.high));
+}
+
+// The same for 8 rows of weights; the other 8 are zeros, and so d[2] and d[3] stay. Half of the tensor core's work is
+// nothing then, but converting is what takes the time.
+INLINE void multiply_add(float (&d)[4], u32 upper, const Pairs& b) {
+    const Pairs u(upper);
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %5}, {%7, %8}, {%0, %1, %2, "
+        "%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(u.low), "r"(0), "r"(u.high), "r"(b.low), "r"(b.high));
 }

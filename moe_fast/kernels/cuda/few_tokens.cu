@@ -3,13 +3,13 @@
 //
 // Every CTA routes all tokens itself. Then a warp streams weights into a ring of slots in shared memory, without regard
 // to what has been computed, and eight warps multiply: gemm1 in tiles of 8 columns of swiglu_out (16 rows of weights),
-// shared out among the CTAs; then, when all of gemm1 is done, gemm2, where a CTA has some columns of the output for
+// shared out among the CTAs; then, as gemm1's values come, gemm2, where a CTA has some columns of the output for
 // every expert, so that it sums the experts itself. While the CTAs wait for one another the ring fills with gemm2's
 // weights.
 //
 // Tokens are the 8 columns of mma.m16n8k16, for every expert all of them; a token counts where it chose the expert.
-// Shares of work are drawn, not assigned: only a CTA that runs holds any, so the wait for gemm1 ends whatever else
-// occupies the card.
+// Shares of work are drawn, not assigned: only a CTA that runs holds any, so the wait for gemm1's values ends whatever
+// else occupies the card.
 #include "few_gemm1.cuh"
 #include "few_gemm2.cuh"
 #include "few_load.cuh"
@@ -27,25 +27,32 @@ INLINE int see_drawn(Shared& s, int& draws, int lane) {
     return __shfl_sync(ALL, next, 0);
 }
 
-INLINE void multiply_everything(const Params& p, Shared& s, const Ring& ring, int warp, int lane) {
-    Activations x;
-    x.load(p, warp, lane);
-    load_x_scale(p, s);
+INLINE void multiply_everything(const Params& p, Shared& s, const Ring& ring, const TokenBytes& tokens, int warp,
+                                int lane) {
+    const Activations x(tokens);
     math_sync();
     const int shares = gridDim.x;
     int n = 0, draws = 0;
     for (int share = s.first[0]; share < shares; share = see_drawn(s, draws, lane)) {
         multiply_share1(p, s, ring, x, share, n, warp, lane);
     }
-    if (threadIdx.x == 0) {
-        while (load_acquire(p.counters + DONE_GEMM1) < shares) {
-        }
-    }
-    math_sync();
+    named_barrier_sync(3, 32 * (MATH_WARPS + 1));  // no value of an earlier call is left
     for (int share = s.first[1]; share < shares; share = see_drawn(s, draws, lane)) {
         multiply_share2(p, s, ring, share, n, warp, lane);
     }
-    if (threadIdx.x == 0 && atomicAdd(p.counters + LEFT, 1) == shares - 1) {
+}
+
+// One warp waits on the others' behalf, and leaves the counters as they were found.
+INLINE void watch(const Params& p, int lane) {
+    const int shares = gridDim.x;
+    if (lane == 0) {
+        while (load_acquire(p.counters + BLANKED) < shares) {
+        }
+    }
+    __syncwarp();
+    named_barrier_arrive(3, 32 * (MATH_WARPS + 1));
+    named_barrier_sync(4, 64);  // this CTA draws no more
+    if (lane == 0 && atomicAdd(p.counters + LEFT, 1) == shares - 1) {
         for (int i = 0; i < 4; ++i) p.counters[i] = 0;  // nobody else reads them any more
     }
 }
@@ -68,12 +75,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few_tokens_kernel(const
     barrier_init_fence();
     int local = -1;
     float weight = 0.0f;
-    if (warp >= MATH_WARPS) {
-        if (warp == MATH_WARPS && lane < 2)
-            s.first[lane] = atomicAdd(p.counters + (lane ? DRAWN_GEMM2 : DRAWN_GEMM1), 1);
+    TokenBytes tokens;
+    if (warp == MATH_WARPS) {
+        if (lane < 2) s.first[lane] = atomicAdd(p.counters + (lane ? DRAWN_GEMM2 : DRAWN_GEMM1), 1);
+    } else if (warp > MATH_WARPS) {
+        load_x_scale(p, s, threadIdx.x - 32 * (MATH_WARPS + 1), THREADS - 32 * (MATH_WARPS + 1));
     } else {
         Scores& scores = *reinterpret_cast<Scores*>(slots);
         score_all(p, scores);
+        tokens.load(p, warp, lane);  // before the weights, behind which they would queue
         math_sync();
         if (warp < p.tokens) choose_experts(p, scores, warp, lane, local, weight);
         async_proxy_fence();  // the ring's copies come after the scores
@@ -83,10 +93,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few_tokens_kernel(const
     __syncthreads();
     if (warp >= MATH_WARPS) {
         registers_down<40>();
-        if (warp > MATH_WARPS) return;
-        list_hits(s, lane);
-        named_barrier_arrive(2, 32 * (MATH_WARPS + 1));
-        load_everything(p, s, ring, lane);
+        if (warp == MATH_WARPS) {
+            list_hits(s, lane);
+            named_barrier_arrive(2, 32 * (MATH_WARPS + 1));
+            load_everything(p, s, ring, lane);
+            named_barrier_arrive(4, 64);
+        } else if (warp == MATH_WARPS + 1) {
+            watch(p, lane);
+        }
         return;
     }
     registers_up<224>();
@@ -96,5 +110,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few_tokens_kernel(const
         s.weight[hit][warp] = weight;
         atomicOr(&s.chosen_by[hit], 1u << warp);
     }
-    multiply_everything(p, s, ring, warp, lane);
+    multiply_everything(p, s, ring, tokens, warp, lane);
 }

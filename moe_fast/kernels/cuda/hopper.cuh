@@ -170,6 +170,20 @@ INLINE int load_acquire(const int* from) {
     return value;
 }
 
+// Values that need no order: each is there or is not.
+INLINE float4 load_relaxed4(const float* from) {
+    float4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(from)
+                 : "memory");
+    return v;
+}
+
+INLINE void store_relaxed(float* to, float value) {
+    asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(to), "f"(value) : "memory");
+}
+
 // After this thread's earlier writes, and those that it knows of by a barrier.
 INLINE void add_release(int* to, int value) {
     asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
