@@ -13,6 +13,7 @@ from test_cuda_build import disassembler
 
 from moe_fast.kernels import cuda_few_tokens as few
 from moe_fast.kernels.cuda_build import ARCH, compile_nvcc, source_text
+from moe_fast.pipelines import hopper_few_tokens
 from moeref.inputs import Inputs
 from moeref.make import make_inputs
 from moeref.reference import moe
@@ -136,3 +137,29 @@ def test_longer_calls_are_cut_into_eights() -> None:
     few.few_tokens_torch(*inputs.args(), want, *groups(inputs.geometry))
     error = (got.double() - want.double()).norm() / want.double().norm()
     assert float(error) < 2**-7
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("busy", [False, True])
+def test_calls_in_a_row_share_a_workspace_and_nothing_else(busy: bool) -> None:
+    """Each overwrites the last one's SwiGLU; busy: beside matrix products, so that CTAs come late and by turns."""
+    names = ("dsv3-t8-o0-deepseek_like-model_like-s1", "dsv3-t8-o0-iid-published-s2", "dsv3-t3-o0-iid-model_like-s3")
+    several = [make_inputs(Problem.parse(name)).to("cuda") for name in names]
+    want = [run_kernel(inputs) for inputs in several]
+    outputs = [torch.empty_like(out) for out in want]
+    beside, large = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    for _ in range(20):
+        with torch.cuda.stream(beside):
+            for _ in range(8 if busy else 0):
+                torch.mm(large, large)
+        for at in (0, 1, 0, 2, 1, 2):
+            outputs[at].fill_(torch.nan)
+            inputs, g = several[at], several[at].geometry
+            hopper_few_tokens.run(
+                *inputs.args(), outputs[at], n_group=g.n_group, topk_group=g.topk_group, top_k=g.top_k
+            )
+        torch.cuda.synchronize()
+        for got, one in zip(outputs, want, strict=True):
+            assert torch.equal(got.view(torch.int16), one.view(torch.int16))

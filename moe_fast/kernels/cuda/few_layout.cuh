@@ -44,7 +44,8 @@ static_assert(MAX_HITS <= THREADS && WORDS <= THREADS && STAGES <= THREADS, "a t
 enum { DRAWN_GEMM1, BLANKED, DRAWN_GEMM2, LEFT };
 
 // A value of swiglu_out that is still to come; no arithmetic gives it (its NaN is 0x7FFFFFFF). Who reads it asks again,
-// so that a value takes one way through the L2; a counter would add the wait until it is stored, its own way and a poll's.
+// so that a value takes one way through the L2; a counter would add the wait until it is stored, its own way and a
+// poll's.
 enum : u32 { UNWRITTEN = 0xFFFFFFFF };
 
 struct Shared {

@@ -2,7 +2,8 @@
 #pragma once
 #include "few_layout.cuh"
 
-INLINE void load_gemm1_tile(const Params& p, const Shared& s, const Ring& ring, int tile, int& n, int lane, u64 policy) {
+INLINE void load_gemm1_tile(const Params& p, const Shared& s, const Ring& ring, int tile, int& n, int lane,
+                            u64 policy) {
     const u8* up = p.gemm1_weights + (i64(s.expert[tile / TILES]) * 2 * INTER + tile % TILES * COLUMNS) * HIDDEN;
 #pragma unroll 1
     for (int i = 0; i < TILE_SLOTS; ++i, ++n) {

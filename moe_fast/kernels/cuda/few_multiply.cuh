@@ -1,5 +1,4 @@
-// The product of 16 rows of weights, or 8, and 8 tokens. Thread (g, q) of a warp: g = lane / 4, q =
-// lane % 4.
+// The product of 16 or 8 rows of weights and 8 tokens. Thread (g, q) of a warp: g = lane / 4, q = lane % 4.
 #pragma once
 #include "few_layout.cuh"
 
