@@ -16,6 +16,7 @@ test: $(VENV)/ready-test
 
 check: $(VENV)/ready-test
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror moe_fast/kernels/cuda/* tests/host_cuda/*
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 

@@ -1,17 +1,17 @@
 // Combine: weighted sum of a token's rows in float32, experts in ascending order, one final cast to bfloat16.
 //
-// For the tokens of a list. A CTA of COUNT threads takes one part of a token's columns after the other, and asks for what it must know
-// of the next one before it sums the one at hand. A token without a row becomes exactly zero.
+// For the tokens of a list. A CTA of COUNT threads takes one part of a token's columns after the other, and asks for
+// what it must know of the next one before it sums the one at hand. A token without a row becomes exactly zero.
 #pragma once
 #include "hopper.cuh"
 
 struct CombineParams {
-    const u16* gemm2_out;  // [P, hidden] bf16
+    const u16* gemm2_out;        // [P, hidden] bf16
     const float* token_weights;  // [T, TOP_K] beside token_rows
-    const int* token_rows;  // [T, TOP_K] a token's rows, ascending, then -1
-    const int* tokens;  // [T] the list
-    const int* bounds;  // [2] its first entry, and the one past its last; then the next window's
-    u16* output;  // [T, hidden] bf16
+    const int* token_rows;       // [T, TOP_K] a token's rows, ascending, then -1
+    const int* tokens;           // [T] the list
+    const int* bounds;           // [2] its first entry, and the one past its last; then the next window's
+    u16* output;                 // [T, hidden] bf16
     int hidden;
     int unused;
 };

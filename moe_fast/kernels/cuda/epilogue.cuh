@@ -39,7 +39,8 @@ INLINE void store_requantized(float (&sum)[2][64], const Work& work, const Param
     }
 }
 
-// A row that is all of its token goes straight to the output, weighted. targets: the tile's row_targets in shared memory.
+// A row that is all of its token goes straight to the output, weighted. targets: the tile's row_targets in shared
+// memory.
 INLINE void store_rows(float (&sum)[2][64], const Work& work, const Params& p, u32 targets, int row0, int lane) {
     const int column = work.column * 256 + (lane & 3) * 8;
     u16* to[2];

@@ -107,8 +107,10 @@ INLINE void run_gemms(const TensorMap* map1, const TensorMap* map2, const Params
     if (threadIdx.x < 32) fill_tables(p, window, tables);
     if (threadIdx.x < ZERO_BYTES / 16) store_shared4i(base + ZEROS_AT + threadIdx.x * 16, 0, 0, 0, 0);
     async_proxy_fence();  // the zeros are read by bulk copies
-    if (CLUSTER > 1) cluster_sync();
-    else __syncthreads();
+    if (CLUSTER > 1)
+        cluster_sync();
+    else
+        __syncthreads();
 
     const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
     if (threadIdx.x >= MATH_THREADS + LOAD_THREADS) {

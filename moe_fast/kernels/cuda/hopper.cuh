@@ -32,8 +32,9 @@ INLINE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" :::
 INLINE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // ---- mbarriers
-// Where a warp arrives as one, lane 0 does it after __syncwarp. compute-sanitizer's racecheck does not follow that order:
-// compiled with EVERY_LANE_ARRIVES every lane arrives, and what it then reports is not about the ring's barriers.
+// Where a warp arrives as one, lane 0 does it after __syncwarp. compute-sanitizer's racecheck does not follow that
+// order: compiled with EVERY_LANE_ARRIVES every lane arrives, and what it then reports is not about the ring's
+// barriers.
 #ifndef EVERY_LANE_ARRIVES
 #define EVERY_LANE_ARRIVES 0
 #endif
@@ -48,9 +49,7 @@ INLINE void barrier_end(u32 bar) { asm volatile("mbarrier.inval.shared::cta.b64 
 
 INLINE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-INLINE void barrier_arrive(u32 bar) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
+INLINE void barrier_arrive(u32 bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory"); }
 
 INLINE void barrier_arrive_expect(u32 bar, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
@@ -77,7 +76,8 @@ INLINE void send_to_cta(u32 address, u32 bar, u32 rank, int value) {
 
 #define WAIT_LOOP(SCOPE) \
     "{\n.reg .pred done;\nagain:\n" \
-    "mbarrier.try_wait.parity.acquire." SCOPE ".shared::cta.b64 done, [%0], %1;\n" \
+    "mbarrier.try_wait.parity.acquire." SCOPE \
+    ".shared::cta.b64 done, [%0], %1;\n" \
     "@done bra finished;\nbra again;\nfinished:\n}"
 
 INLINE void barrier_wait(u32 bar, u32 parity) { asm volatile(WAIT_LOOP("cta")::"r"(bar), "r"(parity) : "memory"); }
@@ -114,9 +114,7 @@ INLINE void tma_load(u32 to, const TensorMap* map, u32 bar, int first, int last,
     }
 }
 
-INLINE void tma_prefetch_map(const TensorMap* map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
+INLINE void tma_prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
 INLINE u64 evict_first_policy() {
     u64 policy;
@@ -133,7 +131,8 @@ INLINE u64 evict_normal_policy() {
 // `bytes` (a multiple of 16) of contiguous memory, counted on a barrier.
 INLINE void bulk_load(u32 to, const void* from, u32 bytes, u32 bar, u64 policy) {
     asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+            "r"(to),
         "l"(from), "r"(bytes), "r"(bar), "l"(policy)
         : "memory");
 }

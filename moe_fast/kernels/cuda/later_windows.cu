@@ -10,7 +10,7 @@ struct Windows {
     Window first;
     int count;
     int capacity;  // rows from one window to the next, of row_index and row_targets
-    int tiles;  // the same of tiles_done
+    int tiles;     // the same of tiles_done
     int unused;
 };
 

@@ -13,7 +13,7 @@ struct Items {
     // The ring, and the item at hand.
     int stage = 0, parity = 0;
     int item = 0, count = 0;  // count: items this cluster has begun
-    int token = 0;  // row of the item's tokens that this thread looks after
+    int token = 0;            // row of the item's tokens that this thread looks after
 
     INLINE u32 full() const { return base + BARRIERS_AT + stage * 8; }
     INLINE void await_empty() const { barrier_wait(full() + STAGES * 8, parity ^ 1); }

@@ -21,7 +21,7 @@ struct TokenLoader : Items {
 
     template <int PHASE>
     INLINE void load_item(int all) {
-        constexpr int AT_ONCE = 2;  // steps of K
+        constexpr int AT_ONCE = 2;                              // steps of K
         const int chunk = thread & 7, first_row = thread >> 3;  // this thread copies 16 bytes of rows first_row + 16j
         const u32 copy_to = base + TOKENS_AT + first_row * 128 + ((chunk ^ (first_row & 7)) << 4);
         const int depth = p.depth(PHASE), steps = depth / 128;

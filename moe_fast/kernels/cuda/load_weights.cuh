@@ -11,8 +11,8 @@ struct WeightLoader : Items {
     template <int PHASE>
     INLINE void load_weights(const Plan& plan, int step, u32 full) const {
         const int columns = p.columns(PHASE);
-        const int row = PHASE == 1 ? plan.expert * 2 * columns + plan.column * 128
-                                   : plan.expert * columns + plan.column * 256;
+        const int row =
+            PHASE == 1 ? plan.expert * 2 * columns + plan.column * 128 : plan.expert * columns + plan.column * 256;
         const bool shared = CLUSTER > 1 && plan.shared;
 #pragma unroll
         for (int wave = 0; wave < 2; ++wave) {
@@ -53,8 +53,8 @@ struct WeightLoader : Items {
 
         const int wave = thread - WEIGHT_SCALERS;  // 0 or 1 in two threads
         const int scale_rows = (PHASE == 1 ? 2 : 1) * columns / 128;
-        const int scale_row = PHASE == 1 ? now.column + wave * (columns / 128)
-                                         : min(2 * now.column + wave, scale_rows - 1);
+        const int scale_row =
+            PHASE == 1 ? now.column + wave * (columns / 128) : min(2 * now.column + wave, scale_rows - 1);
         const u32 weight_to = base + SCALES_AT + (TOKEN_SCALES + wave) * 4;
         const float* weight_from = (PHASE == 1 ? p.gemm1_weights_scale : p.gemm2_weights_scale) +
                                    (now.expert * scale_rows + scale_row) * steps;

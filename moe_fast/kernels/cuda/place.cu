@@ -1,25 +1,25 @@
 // Place: give every local token-expert pair its row, sorted by expert, then by token; and list the tokens without a
 // row, and those with several. SLICES CTAs an expert, and as many a list: each counts all tokens, and places a part.
 //
-// The rows of many tokens need not fit the workspace, so tokens are cut into windows: runs of whole groups of 32 tokens,
-// at most `capacity` rows each, cut where the count of earlier rows passes a multiple of capacity less one group's most.
-// Later kernels do one window after the other in the same buffers; a usual call has one window with rows.
+// The rows of many tokens need not fit the workspace, so tokens are cut into windows: runs of whole groups of 32
+// tokens, at most `capacity` rows each, cut where the count of earlier rows passes a multiple of capacity less one
+// group's most. Later kernels do one window after the other in the same buffers; a usual call has one window with rows.
 #include "hopper.cuh"
 
 struct Params {
-    const u32* local_mask;  // [WORDS, T], see route.cu
-    const int* topk_ids;  // [T, TOP_K]
+    const u32* local_mask;      // [WORDS, T], see route.cu
+    const int* topk_ids;        // [T, TOP_K]
     const float* topk_weights;  // [T, TOP_K]
-    int* token_rows;  // [T, TOP_K] a token's rows within its window, ascending; what is left is -1 already
-    float* token_weights;  // [T, TOP_K] beside token_rows
+    int* token_rows;            // [T, TOP_K] a token's rows within its window, ascending; what is left is -1 already
+    float* token_weights;       // [T, TOP_K] beside token_rows
     int* permuted_idx_to_token_idx;  // [windows, capacity]
-    int2* row_targets;  // [windows, capacity] the token whose only row this is, or -1, and its weight's bits
-    int* expert_offsets;  // [windows, LOCAL + 1]
-    int* combine_tokens;  // [T] tokens with two rows or more
+    int2* row_targets;     // [windows, capacity] the token whose only row this is, or -1, and its weight's bits
+    int* expert_offsets;   // [windows, LOCAL + 1]
+    int* combine_tokens;   // [T] tokens with two rows or more
     int* combine_offsets;  // [windows + 1] how many of them lie before each window
-    int* idle_tokens;  // [T] tokens without a row
-    int* idle_count;  // [1]
-    int* tiles_done;  // [tiles], zeroed here for the GEMMs
+    int* idle_tokens;      // [T] tokens without a row
+    int* idle_count;       // [1]
+    int* tiles_done;       // [tiles], zeroed here for the GEMMs
     int tokens;
     int offset;  // local_expert_offset
     int windows;
@@ -103,7 +103,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) place_kernel(const _
     const int part_begin = min(begin + slice * part, end), part_end = min(part_begin + part, end);
     let_next_kernel_start();
     wait_for_previous_kernel();
-    for (int at = blockIdx.x * WARPS * 32 + threadIdx.x; at < p.tiles; at += gridDim.x * WARPS * 32) p.tiles_done[at] = 0;
+    for (int at = blockIdx.x * WARPS * 32 + threadIdx.x; at < p.tiles; at += gridDim.x * WARPS * 32)
+        p.tiles_done[at] = 0;
 
     Count mine, skipped;
     for_groups(p, begin, end, expert, [&](int group, const Count& count) {

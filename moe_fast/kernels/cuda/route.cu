@@ -3,20 +3,20 @@
 #include "token_scales.cuh"
 
 struct Params {
-    const float* routing_logits;  // [T, EXPERTS]
-    const u16* routing_bias;  // [EXPERTS] bf16
-    int* topk_ids;  // [T, TOP_K]
-    float* topk_weights;  // [T, TOP_K]
-    int* token_rows;  // [T, TOP_K], filled with -1 here
+    const float* routing_logits;       // [T, EXPERTS]
+    const u16* routing_bias;           // [EXPERTS] bf16
+    int* topk_ids;                     // [T, TOP_K]
+    float* topk_weights;               // [T, TOP_K]
+    int* token_rows;                   // [T, TOP_K], filled with -1 here
     const float* hidden_states_scale;  // [H/128, stride]
-    float* token_scales;  // [T, scale_columns]
-    u32* local_mask;  // [WORDS, T]: bit l % 32 of word l / 32 is set where local expert l was chosen
+    float* token_scales;               // [T, scale_columns]
+    u32* local_mask;                   // [WORDS, T]: bit l % 32 of word l / 32 is set where local expert l was chosen
     i64 hidden_states_scale_stride;
     int scale_blocks;  // H/128
     int scale_columns;
     int scale_ctas;  // CTAs for the scales
     int tokens;
-    int offset;  // local_expert_offset
+    int offset;    // local_expert_offset
     float factor;  // routed_scaling_factor
 };
 
@@ -29,8 +29,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) route_kernel(const __gr
     if (blockIdx.x < p.scale_ctas) {
         const int parts = (p.scale_blocks + SCALES_AT_ONCE - 1) / SCALES_AT_ONCE;
         transpose_scales(p.hidden_states_scale, p.hidden_states_scale_stride, p.token_scales, p.scale_columns,
-                         p.scale_blocks, blockIdx.x % parts * SCALES_AT_ONCE,
-                         (blockIdx.x / parts * WARPS + warp) * 32, p.tokens);
+                         p.scale_blocks, blockIdx.x % parts * SCALES_AT_ONCE, (blockIdx.x / parts * WARPS + warp) * 32,
+                         p.tokens);
         return;
     }
     const int token = (blockIdx.x - p.scale_ctas) * WARPS + warp;
@@ -40,8 +40,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) route_kernel(const __gr
 #pragma unroll
     for (int j = 0; j < PER_LANE; ++j) {
         const int expert = lane * PER_LANE + j;
-        key[j] = expert < EXPERTS ? key_of(sigmoid(__ldg(logits + expert)) + bf16_to_float(__ldg(p.routing_bias + expert)))
-                                  : 0;
+        key[j] = expert < EXPERTS
+                     ? key_of(sigmoid(__ldg(logits + expert)) + bf16_to_float(__ldg(p.routing_bias + expert)))
+                     : 0;
     }
     const int id = choose_for_many(key, lane);
     const float weight = weight_of(lane < TOP_K ? sigmoid(__ldg(logits + id)) : 0.0f, p.factor);

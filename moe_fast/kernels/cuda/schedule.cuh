@@ -4,7 +4,7 @@
 // One CTA's part of an item.
 struct Plan {
     int expert, column;  // column: which tile of weight rows
-    int row, live;  // first permuted row; how many, 0 .. TOKENS
+    int row, live;       // first permuted row; how many, 0 .. TOKENS
     bool shared;  // the cluster's CTAs have the same weights and other rows; else the same rows and other weights
 };
 
@@ -24,8 +24,10 @@ INLINE Plan plan_item(int item, int rank, const int* expert_offsets, const int* 
     int low = 0, high = experts - 1;  // the first expert whose items end after this one; so it has items
     while (low < high) {
         const int middle = (low + high) >> 1;
-        if (items_before[middle + 1] <= item) low = middle + 1;
-        else high = middle;
+        if (items_before[middle + 1] <= item)
+            low = middle + 1;
+        else
+            high = middle;
     }
     const int rows = expert_offsets[low + 1] - expert_offsets[low];
     const int tiles = (rows + TOKENS - 1) / TOKENS, groups = tiles / CTAS;

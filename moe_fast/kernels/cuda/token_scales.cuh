@@ -3,8 +3,8 @@
 #pragma once
 #include "hopper.cuh"
 
-// to[token][k] = from[k][token] for 32 tokens from first_token and SCALES_AT_ONCE blocks from first_block; one warp. Rows
-// of `to` are `columns` long, a multiple of 4; what lies past the last block becomes 0.
+// to[token][k] = from[k][token] for 32 tokens from first_token and SCALES_AT_ONCE blocks from first_block; one warp.
+// Rows of `to` are `columns` long, a multiple of 4; what lies past the last block becomes 0.
 INLINE void transpose_scales(const float* from, i64 from_stride, float* to, int columns, int blocks, int first_block,
                              int first_token, int tokens) {
     const int token = first_token + (threadIdx.x & 31);

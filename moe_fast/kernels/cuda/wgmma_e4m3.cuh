@@ -60,6 +60,7 @@ INLINE void mma_step(float (&d)[N / 2], u64 a, u64 b, int accumulate);
 #define HOLD_128 HOLD_120, HOLD(60)
 
 // A, B, C: numbers of the operands after the accumulators.
+// clang-format off
 #define DEFINE_MMA(N, A, B, C) \
     template <> \
     INLINE void mma_step<N>(float (&d)[N / 2], u64 a, u64 b, int accumulate) { \
@@ -69,6 +70,7 @@ INLINE void mma_step(float (&d)[N / 2], u64 a, u64 b, int accumulate);
             : HOLD_##N \
             : "l"(a), "l"(b), "r"(accumulate)); \
     }
+// clang-format on
 
 DEFINE_MMA(128, 64, 65, 66)
 
