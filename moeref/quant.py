@@ -16,7 +16,7 @@ FP8_MAX = 448.0
 def ldexp(x: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
     """x * 2**exponent, exponent int32, on the tensors' own device.
 
-    Not torch.ldexp: up to 2.13 at least it launches its kernel on the current device, so that on any other one the
+    Not torch.ldexp itself: it launches its kernel on the current device (seen in 2.11), so that on any other one the
     result is arbitrary or the access illegal (https://github.com/pytorch/pytorch/issues/189567).
     """
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():

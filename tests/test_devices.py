@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def uses_of_torch_ldexp(path: Path) -> list[int]:
-    """Lines of torch.ldexp and torch.Tensor.ldexp_ that name it; methods of the same names count too."""
+    """Lines that call torch.ldexp, or a tensor's method of that name."""
     nodes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute))
     return [node.lineno for node in nodes if node.attr in ("ldexp", "ldexp_") and ast.unparse(node.value) != "np"]
 

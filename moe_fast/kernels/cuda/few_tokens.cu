@@ -2,7 +2,7 @@
 // nothing else.
 //
 // Every CTA routes all tokens itself. Then a warp streams weights into a ring of slots in shared memory, without regard
-// to what has been computed, and eight warps multiply: gemm1 in tiles of 8 columns of swiglu_out (16 rows of weights),
+// to what has been computed, and eight warps multiply: gemm1 in tiles of 4 columns of swiglu_out (8 rows of weights),
 // shared out among the CTAs; then, as gemm1's values come, gemm2, where a CTA has some columns of the output for
 // every expert, so that it sums the experts itself. While the CTAs wait for one another the ring fills with gemm2's
 // weights.
