@@ -60,8 +60,8 @@ INLINE void multiply(Pipe& pipe, float (&sum)[2][64], int row, int steps, int gr
             mma_fence();
 #pragma unroll
             for (int k = 0; k < 4; ++k) {  // 32 bytes further along the swizzled row: 2 units of 16
-                mma_step<128>(product, tile_descriptor(tokens + 2 * k),
-                              tile_descriptor(weights + v * (BOX_BYTES >> 4) + 2 * k), k > 0);
+                mma_step(product, tile_descriptor(tokens + 2 * k),
+                         tile_descriptor(weights + v * (BOX_BYTES >> 4) + 2 * k), k > 0);
             }
             mma_commit();
             if (v == 0 && both && group == 0) named_barrier_arrive(FIRST_ISSUED + pipe.stage, MATH_THREADS);
