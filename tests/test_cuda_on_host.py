@@ -80,7 +80,7 @@ BROKEN = {
     "the ring's parity": instead("n / STAGES + 1 & 1", "n / STAGES & 1"),
     "nobody waits for gemm1": instead("__any_sync(ALL, swiglu.unwritten())", "false"),
     "values of an earlier call stay": instead("store_relaxed(to, __uint_as_float(UNWRITTEN))", "(void)to"),
-    "counters are put back too early": without("    named_barrier_sync(4, 64);  // this CTA draws no more\n"),
+    "counters are put back too early": without("    named_barrier_sync(ALL_DRAWN, 64);  // this CTA draws no more\n"),
     "one slot is not released": instead("ring.release(n, TILE_SLOTS, lane)", "ring.release(n, TILE_SLOTS - 1, lane)"),
     "a tile's parts are read too early": without(
         "        math_sync();  // the other buffer's readers have come here too, so it is free\n"

@@ -322,11 +322,6 @@ T __ldcs(const T* from) {
     return *from;
 }
 template <class T>
-void __stcg(T* to, T value) {
-    *to = value;
-    host::let_others();
-}
-template <class T>
 void __stcs(T* to, T value) {
     *to = value;
 }

@@ -89,10 +89,11 @@ INLINE float* swiglu_at(const Params& p, const Shared& s, int tile, int lane) {
 
 INLINE void store_swiglu(const Params& p, const Shared& s, const float (&partial)[MATH_WARPS][128], int tile,
                          int lane) {
+    // A token's sum for a column is sum[token & 1] of thread g = column, q = token / 2; gate's g is COLUMNS further.
     const int token = lane / COLUMNS, at = 32 * (token & 1) + 4 * (lane % COLUMNS) + token / 2;
     float up = 0.0f, gate = 0.0f;
 #pragma unroll
-    for (int w = 0; w < MATH_WARPS; ++w) up += partial[w][at], gate += partial[w][at + 16];
+    for (int w = 0; w < MATH_WARPS; ++w) up += partial[w][at], gate += partial[w][at + 4 * COLUMNS];
     float* to = swiglu_at(p, s, tile, lane);
     if (to) store_relaxed(to, up * silu(gate));
 }

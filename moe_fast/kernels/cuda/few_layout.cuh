@@ -37,7 +37,8 @@ constexpr int TILE_SLOTS = COLUMNS;
 constexpr int ROW1 = HIDDEN + 64, ROW2 = INTER + 64;
 constexpr int SLOT = 2 * ROW1 > 8 * ROW2 ? 2 * ROW1 : 8 * ROW2;
 static_assert(PART1 <= 16 && 2 * PAIRS * PART2 <= 32, "a warp's scales must fit its lanes");
-static_assert(STAGES > TILE_SLOTS && STAGES > UNDER_WAY, "more than one tile of gemm1");
+static_assert(STAGES > TILE_SLOTS, "more than one tile of gemm1");
+static_assert(UNDER_WAY > 0 && UNDER_WAY < STAGES, "a slot that is waited for must not be asked for again");
 static_assert(COLUMNS * TOKENS == 32, "a lane for each value of a tile");
 static_assert(MAX_HITS <= THREADS && WORDS <= THREADS && STAGES <= THREADS, "a thread each");
 
@@ -84,7 +85,11 @@ struct Ring {
     }
 };
 
-INLINE void math_sync() { named_barrier_sync(1, 32 * MATH_WARPS); }
+// ---- named barriers
+enum : u32 { MATH = 1, HITS_LISTED, ALL_BLANKED, ALL_DRAWN };
+enum : u32 { MATH_AND_ONE = 32 * (MATH_WARPS + 1) };  // threads: the math warps and the loading or the watching one
+
+INLINE void math_sync() { named_barrier_sync(MATH, 32 * MATH_WARPS); }
 
 // Whether a warp has a b-th block of HIDDEN.
 INLINE bool has_block1(int warp, int b) {

@@ -36,7 +36,7 @@ INLINE void multiply_everything(const Params& p, Shared& s, const Ring& ring, co
     for (int share = s.first[0]; share < shares; share = see_drawn(s, draws, lane)) {
         multiply_share1(p, s, ring, x, share, n, warp, lane);
     }
-    named_barrier_sync(3, 32 * (MATH_WARPS + 1));  // no value of an earlier call is left
+    named_barrier_sync(ALL_BLANKED, MATH_AND_ONE);  // no value of an earlier call is left
     for (int share = s.first[1]; share < shares; share = see_drawn(s, draws, lane)) {
         multiply_share2(p, s, ring, share, n, warp, lane);
     }
@@ -50,8 +50,8 @@ INLINE void watch(const Params& p, int lane) {
         }
     }
     __syncwarp();
-    named_barrier_arrive(3, 32 * (MATH_WARPS + 1));
-    named_barrier_sync(4, 64);  // this CTA draws no more
+    named_barrier_arrive(ALL_BLANKED, MATH_AND_ONE);
+    named_barrier_sync(ALL_DRAWN, 64);  // this CTA draws no more
     if (lane == 0 && atomicAdd(p.counters + LEFT, 1) == shares - 1) {
         for (int i = 0; i < 4; ++i) p.counters[i] = 0;  // nobody else reads them any more
     }
@@ -95,16 +95,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few_tokens_kernel(const
         registers_down<40>();
         if (warp == MATH_WARPS) {
             list_hits(s, lane);
-            named_barrier_arrive(2, 32 * (MATH_WARPS + 1));
+            named_barrier_arrive(HITS_LISTED, MATH_AND_ONE);
             load_everything(p, s, ring, lane);
-            named_barrier_arrive(4, 64);
+            named_barrier_arrive(ALL_DRAWN, 64);
         } else if (warp == MATH_WARPS + 1) {
             watch(p, lane);
         }
         return;
     }
     registers_up<224>();
-    named_barrier_sync(2, 32 * (MATH_WARPS + 1));  // the hits are listed
+    named_barrier_sync(HITS_LISTED, MATH_AND_ONE);
     if (local >= 0) {
         const int hit = hit_of(s, local);
         s.weight[hit][warp] = weight;

@@ -262,10 +262,6 @@ INLINE int load_shared_int(u32 address) {
     return v;
 }
 
-INLINE void store_shared(u32 address, float value) {
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
-}
-
 INLINE float load_shared(u32 address) {
     float v;
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));
