@@ -37,12 +37,12 @@ def target_of(device: torch.device | str | None = None) -> Target:
 
     Raises ValueError for a device that is neither a CPU nor a CUDA device of this machine.
     """
+    if isinstance(device, torch.device) and device.index is not None:
+        return _target_of(device)
     chosen = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    if chosen.type == "cpu":
-        return _target("cpu", 0)
-    if chosen.type != "cuda" or not torch.cuda.is_available():
-        raise ValueError(f"device {chosen}: expected cpu, or a CUDA device of this machine")
-    return _target("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
+    if chosen.type == "cuda" and chosen.index is None and torch.cuda.is_available():
+        chosen = torch.device("cuda", torch.cuda.current_device())
+    return _target_of(chosen)
 
 
 @functools.cache
@@ -52,12 +52,14 @@ def has_module(name: str) -> bool:
 
 
 @functools.cache
-def _target(kind: str, index: int) -> Target:
+def _target_of(device: torch.device) -> Target:
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device {device}: expected cpu, or a CUDA device of this machine")
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = None
-    if kind == "cpu":
+    if device.type == "cpu":
         return Target("cpu", "cpu", None, torch.get_num_threads(), 0, triton)
-    card = torch.cuda.get_device_properties(index)
+    card = torch.cuda.get_device_properties(device)
     return Target("cuda", card.name, (card.major, card.minor), card.multi_processor_count, card.total_memory, triton)

@@ -157,14 +157,11 @@ class HostKernel:
 def on_host(monkeypatch: Any, kernels: HostKernels, *modules: Any) -> None:
     """Let these modules of moe_fast.kernels launch on the host, which has one multiprocessor."""
 
-    class Stream:
-        cuda_stream = 0
-
     class Target:
         sm_count = 1
 
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream)
     for module in modules:
         monkeypatch.setattr(module, "load", kernels.load)
+        monkeypatch.setattr(module, "current_stream", lambda index: 0)
         if hasattr(module, "target_of"):
             monkeypatch.setattr(module, "target_of", lambda device: Target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from moe_fast.backends import Backend
+from moe_fast.current import run_on
 from moe_fast.target import target_of
 from moeref.spec import Geometry
 
@@ -29,23 +30,24 @@ def run(
     """The ten inputs -> output [T, H] bfloat16, written into `out` when given. The inputs are taken as checked."""
     from moe_fast.pipelines.hopper_triton import run as pipeline  # triton is imported only where it is used
 
-    with torch.cuda.device(hidden_states.device):  # kernels go to the current device, wherever the tensors are
-        return pipeline(
-            routing_logits,
-            routing_bias,
-            hidden_states,
-            hidden_states_scale,
-            gemm1_weights,
-            gemm1_weights_scale,
-            gemm2_weights,
-            gemm2_weights_scale,
-            local_expert_offset,
-            routed_scaling_factor,
-            out,
-            n_group=n_group,
-            topk_group=topk_group,
-            top_k=top_k,
-        )
+    return run_on(
+        hidden_states.device,
+        pipeline,
+        routing_logits,
+        routing_bias,
+        hidden_states,
+        hidden_states_scale,
+        gemm1_weights,
+        gemm1_weights_scale,
+        gemm2_weights,
+        gemm2_weights_scale,
+        local_expert_offset,
+        routed_scaling_factor,
+        out,
+        n_group=n_group,
+        topk_group=topk_group,
+        top_k=top_k,
+    )
 
 
 def unsupported(geometry: Geometry, device: torch.device) -> str | None:

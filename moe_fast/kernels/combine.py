@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_fast.kernels.triton_launch import Launcher, cdiv
+
 BIG = tl.constexpr(2147483647)
 
 
@@ -38,6 +40,9 @@ def combine_kernel(
     tl.store(output + token * H + column, acc.to(tl.bfloat16), mask=column < H)
 
 
+launch = Launcher(combine_kernel)
+
+
 def combine(
     gemm2_out: torch.Tensor,
     topk_weights: torch.Tensor,
@@ -49,15 +54,11 @@ def combine(
     """Fill output [T, H]; tokens without a row become zero."""
     tokens, hidden = output.shape
     options = {"launch_pdl": True} if pdl else {}
-    combine_kernel[(tokens, triton.cdiv(hidden, block))](
-        gemm2_out,
-        topk_weights,
-        token_rows,
-        output,
-        H=hidden,
-        K=topk_weights.shape[1],
-        BLOCK_H=block,
-        PDL=pdl,
+    launch(
+        (tokens, cdiv(hidden, block)),
+        (gemm2_out, topk_weights, token_rows, output),
+        (),
+        {"H": hidden, "K": topk_weights.shape[1], "BLOCK_H": block, "PDL": pdl},
         num_warps=4,
         **options,
     )

@@ -176,11 +176,14 @@ def check(status: int, what: str) -> None:
 
 
 class Kernel:
-    """One function of a loaded cubin, with its grid-independent launch settings."""
+    """One function of a loaded cubin, with its grid-independent launch settings. Several threads may launch it."""
 
     def __init__(self, module: ctypes.c_void_p, name: str, threads: int, shared_bytes: int) -> None:
         self.name, self.threads, self.shared_bytes = name, threads, shared_bytes
         self.function = ctypes.c_void_p()
+        self._launch = driver().cuLaunchKernelEx
+        self._lock = threading.Lock()
+        self._configs: dict[tuple[bool, bool], LaunchConfig] = {}
         check(driver().cuModuleGetFunction(ctypes.byref(self.function), module, name.encode()), name)
         if shared_bytes > 48 * 1024:
             status = driver().cuFuncSetAttribute(self.function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
@@ -196,24 +199,28 @@ class Kernel:
     ) -> None:
         """Enqueue on a stream. pdl: may start before the stream's previous kernel has ended. cooperative: all blocks
         run at once. Raises RuntimeError with the driver's error, so where they can't."""
-        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
+        pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        with self._lock:  # the driver copies all it is given before it returns
+            config = self._configs.get((pdl, cooperative))
+            if config is None:
+                config = self._configs[pdl, cooperative] = self.config(pdl, cooperative)
+            config.grid[0], config.stream = blocks, stream
+            status = self._launch(ctypes.byref(config), self.function, pointers, None)
+        if status:
+            check(status, self.name)
+
+    def config(self, pdl: bool = False, cooperative: bool = False) -> LaunchConfig:
+        """Settings of a launch of one block on the default stream."""
         chosen = [PROGRAMMATIC_STREAM_SERIALIZATION] * pdl + [COOPERATIVE] * cooperative
         attributes = (LaunchAttribute * max(len(chosen), 1))(*(LaunchAttribute(id=number) for number in chosen))
         for attribute in attributes:
             attribute.value[0] = 1
-        config = LaunchConfig(
-            (ctypes.c_uint * 3)(blocks, 1, 1),
-            (ctypes.c_uint * 3)(self.threads, 1, 1),
-            self.shared_bytes,
-            stream,
-            attributes,
-            len(chosen),
-        )
-        check(driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None), self.name)
+        grid, block = (ctypes.c_uint * 3)(1, 1, 1), (ctypes.c_uint * 3)(self.threads, 1, 1)
+        return LaunchConfig(grid, block, self.shared_bytes, None, attributes, len(chosen))
 
 
 class PreparedLaunch:
-    """A launch of which only the argument's values and the stream change from call to call: 2 us instead of 15.
+    """A launch of which only the argument's values and the stream change from call to call: 2 us.
 
     The kernel takes one structure by value, packed as `layout` says. May be called from several threads.
     """
@@ -223,8 +230,8 @@ class PreparedLaunch:
         self._lock = threading.Lock()
         self._values = ctypes.create_string_buffer(layout.size)
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._values))
-        grid, block = (ctypes.c_uint * 3)(blocks, 1, 1), (ctypes.c_uint * 3)(kernel.threads, 1, 1)
-        self._config = LaunchConfig(grid, block, kernel.shared_bytes)
+        self._config = kernel.config()
+        self._config.grid[0] = blocks
         self._config_reference = ctypes.byref(self._config)
         self._launch = driver().cuLaunchKernelEx
 
@@ -256,7 +263,6 @@ def _module(name: str, defines: tuple[tuple[str, int], ...], device: int) -> cty
     return module
 
 
-@functools.lru_cache(maxsize=256)
 def tensor_map(
     address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
 ) -> tuple[TensorMap, ctypes.Array[ctypes.c_char]]:

@@ -6,6 +6,7 @@ import ctypes
 
 import torch
 
+from moe_fast.current import current_stream
 from moe_fast.kernels.cuda_build import load
 from moe_fast.target import target_of
 
@@ -68,14 +69,14 @@ def combine(
 
     token_rows [T, K] int32: rows, then -1; token_weights [T, K] float32 beside them; tokens [T] and bounds [2] int32.
     """
-    most = len(output)
+    most = output.shape[0]
     if most == 0:
         return
     params = combine_params(gemm2_out, token_weights, token_rows, tokens, bounds, output)
     kernel = load("combine.cu", defines(token_rows.shape[1]), "combine_kernel", THREADS, 0, output.device.index or 0)
     parts = 2  # of a token, at H 7168: each may have a CTA
     blocks = min(parts * most, CTAS_PER_SM * target_of(output.device).sm_count)
-    kernel.launch(blocks, (params,), torch.cuda.current_stream(output.device).cuda_stream, pdl)
+    kernel.launch(blocks, (params,), current_stream(output.device.index or 0), pdl)
 
 
 def combine_torch(

@@ -126,7 +126,7 @@ def few_tokens(
         output.data_ptr(),
         swiglu_out.data_ptr(),
         counters.data_ptr(),
-        len(hidden_states),
+        hidden_states.shape[0],
         clamp_offset(local_expert_offset),
         routed_scaling_factor,
         hidden_states_scale.stride(0),

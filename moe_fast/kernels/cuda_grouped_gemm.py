@@ -11,11 +11,13 @@ compute capability 9.0.
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 from dataclasses import dataclass
 
 import torch
 
+from moe_fast.current import current_stream
 from moe_fast.kernels.cuda_build import TensorMap, load, tensor_map
 from moe_fast.target import target_of
 
@@ -100,11 +102,15 @@ def weights_map(weights: torch.Tensor) -> TensorMap:
     A box is ordered so that its row 32a + 8j + 2q + b is row 32a + 8q + 2j + b of the weights: a thread's 8 columns of
     32 are neighbours.
     """
-    depth = weights.shape[2]
-    rows = weights.shape[0] * weights.shape[1]
+    experts, rows, depth = weights.shape
+    return _rows_map(weights.data_ptr(), experts * rows, depth)[0]
+
+
+@functools.lru_cache(maxsize=256)
+def _rows_map(address: int, rows: int, depth: int) -> tuple[TensorMap, object]:
     sizes = (depth, 2, 4, 4, rows // 32)
     strides = (depth, 8 * depth, 2 * depth, 32 * depth)
-    return tensor_map(weights.data_ptr(), sizes, strides, (128, 2, 4, 4, 4))[0]
+    return tensor_map(address, sizes, strides, (128, 2, 4, 4, 4))
 
 
 def gemm_params(
@@ -196,7 +202,7 @@ def grouped_gemms(
     kernel = load("grouped_gemm.cu", defines(cluster), "grouped_gemm_kernel", THREADS, DYNAMIC_SHARED, index)
     blocks = target_of(device).sm_count // cluster * cluster
     maps = weights_map(gemm1_weights), weights_map(gemm2_weights)
-    kernel.launch(blocks, (*maps, *params), torch.cuda.current_stream(device).cuda_stream, pdl)
+    kernel.launch(blocks, (*maps, *params), current_stream(device.index or 0), pdl)
 
 
 def grouped_gemms_torch(

@@ -10,6 +10,7 @@ import ctypes
 
 import torch
 
+from moe_fast.current import current_stream
 from moe_fast.kernels import cuda_grouped_gemm as gemm
 from moe_fast.kernels.cuda_build import Kernel, load
 from moe_fast.kernels.cuda_combine import combine_params, combine_torch
@@ -84,7 +85,7 @@ def later_windows(
     kernel = kernel_for(token_rows.shape[1], device, cluster)
     blocks = target_of(device).sm_count // cluster * cluster
     maps = gemm.weights_map(gemm1_weights), gemm.weights_map(gemm2_weights)
-    stream = torch.cuda.current_stream(device).cuda_stream
+    stream = current_stream(device.index or 0)
     kernel.launch(blocks, (*maps, params, combine, counts), stream, cooperative=True)
 
 

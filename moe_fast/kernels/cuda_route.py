@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_fast.current import current_stream
 from moe_fast.kernels.cuda_build import load
 
 MAX_WINDOWS = 32
@@ -146,7 +147,8 @@ def route(
     """
     tokens, experts = routing_logits.shape
     device = routing_logits.device
-    scale_ctas = -(-tokens // 128) * -(-len(scales[0]) // SCALES_AT_ONCE) if scales else 0
+    blocks = scales[0].shape[0] if scales else 0
+    scale_ctas = -(-tokens // 128) * -(-blocks // SCALES_AT_ONCE)
     params = RouteParams(
         routing_logits.data_ptr(),
         routing_bias.data_ptr(),
@@ -157,7 +159,7 @@ def route(
         scales[1].data_ptr() if scales else None,
         local_mask.data_ptr(),
         scales[0].stride(0) if scales else 0,
-        len(scales[0]) if scales else 0,
+        blocks,
         scales[1].shape[1] if scales else 0,
         scale_ctas,
         tokens,
@@ -166,7 +168,7 @@ def route(
     )
     variant = route_defines(experts, n_group, topk_group, topk_ids.shape[1], local)
     kernel = load("route.cu", variant, "route_kernel", 128, 0, device.index or 0)
-    kernel.launch(scale_ctas + -(-tokens // 4), (params,), torch.cuda.current_stream(device).cuda_stream)
+    kernel.launch(scale_ctas + -(-tokens // 4), (params,), current_stream(device.index or 0))
 
 
 def place(
@@ -216,7 +218,7 @@ def place(
         0,
     )
     kernel = load("place.cu", place_defines(top_k, local), "place_kernel", 1024, 0, device.index or 0)
-    kernel.launch(place_slices(local) * (local + 2), (params,), torch.cuda.current_stream(device).cuda_stream, pdl)
+    kernel.launch(place_slices(local) * (local + 2), (params,), current_stream(device.index or 0), pdl)
 
 
 def clamp_offset(offset: int) -> int:

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from moe_fast.kernels.gemm1 import gemm1_tile
 from moe_fast.kernels.gemm2 import gemm2_tile
+from moe_fast.kernels.triton_launch import Launcher
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,6 @@ class Tiling:
 def experts_kernel(
     hidden_states,
     hidden_states_scale,
-    scale_stride,
     gemm1_weights,
     gemm1_weights_scale,
     gemm2_weights,
@@ -50,9 +50,10 @@ def experts_kernel(
     swiglu_out,
     requantized,
     requantized_scale,
-    row_capacity,
     gemm2_out,
     counters,  # [1 + max_tiles + max_tiles * I/128] int32, zero: next item, blocks done of a tile, arrivals of a block
+    scale_stride,  # hidden_states_scale's first stride
+    row_capacity,  # requantized_scale's
     max_tiles,
     H: tl.constexpr,
     I: tl.constexpr,
@@ -92,6 +93,9 @@ def experts_kernel(
         item = tl.atomic_add(counters, 1, sem="relaxed")
 
 
+launch = Launcher(experts_kernel)
+
+
 def num_counters(max_tiles: int, intermediate: int) -> int:
     """int32 counters that `experts` needs, zeroed before each call."""
     return 1 + max_tiles * (1 + intermediate // 128)
@@ -121,35 +125,38 @@ def experts(
     local, hidden, intermediate = gemm2_weights.shape
     pdl = on_gpu and tiling.pdl
     options = {"launch_pdl": True} if pdl else {}
-    experts_kernel[(programs,)](
-        hidden_states,
-        hidden_states_scale,
-        hidden_states_scale.stride(0),
-        gemm1_weights,
-        gemm1_weights_scale,
-        gemm2_weights,
-        gemm2_weights_scale,
-        permuted_idx_to_token_idx,
-        expert_offsets,
-        tile_offsets,
-        swiglu_out,
-        requantized,
-        requantized_scale,
-        requantized_scale.stride(0),
-        gemm2_out,
-        counters,
-        max_tiles,
-        H=hidden,
-        I=intermediate,
-        L=local,
-        BN=tiling.tile_rows,
-        NB=tiling.part1,
-        MB=tiling.part2,
-        STAGES1=tiling.stages1,
-        STAGES2=tiling.stages2,
-        U1=math.gcd(tiling.unroll1, hidden // 128),
-        U2=math.gcd(tiling.unroll2, intermediate // 128),
-        PDL=pdl,
+    launch(
+        (programs,),
+        (
+            hidden_states,
+            hidden_states_scale,
+            gemm1_weights,
+            gemm1_weights_scale,
+            gemm2_weights,
+            gemm2_weights_scale,
+            permuted_idx_to_token_idx,
+            expert_offsets,
+            tile_offsets,
+            swiglu_out,
+            requantized,
+            requantized_scale,
+            gemm2_out,
+            counters,
+        ),
+        (hidden_states_scale.stride(0), requantized_scale.stride(0), max_tiles),
+        {
+            "H": hidden,
+            "I": intermediate,
+            "L": local,
+            "BN": tiling.tile_rows,
+            "NB": tiling.part1,
+            "MB": tiling.part2,
+            "STAGES1": tiling.stages1,
+            "STAGES2": tiling.stages2,
+            "U1": math.gcd(tiling.unroll1, hidden // 128),
+            "U2": math.gcd(tiling.unroll2, intermediate // 128),
+            "PDL": pdl,
+        },
         num_warps=tiling.warps,
         **options,
     )

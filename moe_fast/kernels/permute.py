@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_fast.kernels.triton_launch import Launcher, cdiv, next_power_of_2
+
 CHUNK = 128
 """Tokens that one program permutes."""
 
@@ -104,6 +106,9 @@ def permute_kernel(
         store_offsets(total, expert_offsets, tile_offsets, L, LP, TILE_ROWS)
 
 
+launch_count, launch = Launcher(count_kernel), Launcher(permute_kernel)
+
+
 def permute(
     local_slot: torch.Tensor,
     token_rows: torch.Tensor,
@@ -118,25 +123,24 @@ def permute(
     One launch up to CHUNK tokens, two beyond.
     """
     tokens, local = local_slot.shape
-    padded = triton.next_power_of_2(local)
-    grid = (triton.cdiv(tokens, CHUNK),)
+    padded = next_power_of_2(local)
+    grid = (cdiv(tokens, CHUNK),)
     alone = tokens <= CHUNK
     if not alone:
-        count_kernel[grid](local_slot, chunk_counts, tokens, L=local, LP=padded, CHUNK_T=CHUNK, num_warps=4)
-    permute_kernel[grid](
-        local_slot,
-        token_rows,
-        expert_offsets,
-        tile_offsets,
-        permuted_idx_to_token_idx,
-        chunk_counts,
-        tokens,
-        L=local,
-        LP=padded,
-        K=token_rows.shape[1],
-        CHUNK_T=CHUNK,
-        TILE_ROWS=tile_rows,
-        ALONE=alone,
+        counting = {"L": local, "LP": padded, "CHUNK_T": CHUNK}
+        launch_count(grid, (local_slot, chunk_counts), (tokens,), counting, num_warps=4)
+    launch(
+        grid,
+        (local_slot, token_rows, expert_offsets, tile_offsets, permuted_idx_to_token_idx, chunk_counts),
+        (tokens,),
+        {
+            "L": local,
+            "LP": padded,
+            "K": token_rows.shape[1],
+            "CHUNK_T": CHUNK,
+            "TILE_ROWS": tile_rows,
+            "ALONE": alone,
+        },
         num_warps=4,
     )
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from moe_fast.kernels.permute import load_slots, permute_chunk, store_offsets
+from moe_fast.kernels.triton_launch import Launcher, cdiv, next_power_of_2
 
 TOKENS_PER_PROGRAM = 1
 """One warp a token, so that no reduction crosses warps. Two tokens on two warps gave wrong ids on an H100 with Triton
@@ -160,6 +161,9 @@ def route_kernel(
                 store_offsets(rows, expert_offsets, tile_offsets, L, LP, TILE_ROWS)
 
 
+launch = Launcher(route_kernel)
+
+
 def route(
     routing_logits: torch.Tensor,
     routing_bias: torch.Tensor,
@@ -187,33 +191,35 @@ def route(
     tokens, experts = routing_logits.shape
     fused = tokens <= TOKENS_FUSED
     block = TOKENS_PER_PROGRAM
-    route_kernel[(triton.cdiv(tokens, block),)](
-        routing_logits,
-        routing_bias,
-        topk_ids,
-        topk_weights,
-        local_slot,
-        token_rows,
-        expert_offsets,
-        tile_offsets,
-        permuted_idx_to_token_idx,
-        ticket,
-        counters,
-        counters.numel(),
-        tokens,
-        local_expert_offset,
-        routed_scaling_factor,
-        E=experts,
-        L=local_slot.shape[1],
-        K=topk_ids.shape[1],
-        N_GROUP=n_group,
-        TOPK_GROUP=topk_group,
-        BLOCK_T=block,
-        CHUNK_T=triton.next_power_of_2(max(tokens, 1)) if fused else 1,
-        TILE_ROWS=tile_rows,
-        PERMUTE=fused,
-        FAST_EXP=fast_exp,
-        PDL=pdl,
+    launch(
+        (cdiv(tokens, block),),
+        (
+            routing_logits,
+            routing_bias,
+            topk_ids,
+            topk_weights,
+            local_slot,
+            token_rows,
+            expert_offsets,
+            tile_offsets,
+            permuted_idx_to_token_idx,
+            ticket,
+            counters,
+        ),
+        (counters.numel(), tokens, local_expert_offset, float(routed_scaling_factor)),
+        {
+            "E": experts,
+            "L": local_slot.shape[1],
+            "K": topk_ids.shape[1],
+            "N_GROUP": n_group,
+            "TOPK_GROUP": topk_group,
+            "BLOCK_T": block,
+            "CHUNK_T": next_power_of_2(tokens) if fused else 1,
+            "TILE_ROWS": tile_rows,
+            "PERMUTE": fused,
+            "FAST_EXP": fast_exp,
+            "PDL": pdl,
+        },
         num_warps=block,
     )
     return fused

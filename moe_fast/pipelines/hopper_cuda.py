@@ -10,11 +10,14 @@ The first call with a new geometry compiles or loads its kernels, so it must not
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
+from moe_fast.current import current_stream
 from moe_fast.kernels.cuda_combine import combine
 from moe_fast.kernels.cuda_grouped_gemm import Direct, grouped_gemms, num_tiles, scale_stride
 from moe_fast.kernels.cuda_later_windows import kernel_for, later_windows
@@ -73,6 +76,27 @@ class Shape:
         return min(rows // self.rows_per_token, TOKEN_BUFFER_BYTES // token_bytes)
 
 
+@functools.lru_cache(maxsize=1024)
+def slices(whole: Shape, experts: int) -> tuple[tuple[slice, Shape, int], ...]:
+    """What a call is cut into: tokens, their shape, and its usual windows."""
+    cut = []
+    for start in range(0, whole.tokens, whole.tokens_at_once):
+        part = slice(start, min(start + whole.tokens_at_once, whole.tokens))
+        shape = replace(whole, tokens=part.stop - part.start)
+        cut.append((part, shape, shape.usual_windows(experts)))
+    return tuple(cut)
+
+
+class Window(NamedTuple):
+    """A window's part of a workspace, or that of several."""
+
+    permuted_idx_to_token_idx: torch.Tensor
+    expert_offsets: torch.Tensor
+    tiles_done: torch.Tensor
+    row_targets: torch.Tensor
+    combine_offsets: torch.Tensor
+
+
 class Workspace:
     """Every intermediate of one call, on one device. `counters` is zero between calls."""
 
@@ -100,35 +124,56 @@ class Workspace:
         self.gemm2_out = torch.empty(capacity, shape.hidden, dtype=torch.bfloat16, device=device)
         self.tiles_done = ints(windows.count, num_tiles(capacity, shape.local))
         self.counters = torch.zeros(4, dtype=torch.int32, device=device)
+        # Views are kept, for each takes microseconds.
+        self.scales = self.token_scales[:, : shape.hidden // 128].T
+        self._windows: dict[tuple[int, bool], Window] = {}
+
+    def window(self, number: int, and_later: bool = False) -> Window:
+        """One window's part, or that of all from this one on."""
+        kept = self._windows.get((number, and_later))
+        if kept is None:
+            at = slice(number, None) if and_later else number
+            bounds = slice(number, None if and_later else number + 2)
+            kept = self._windows[number, and_later] = Window(
+                self.permuted_idx_to_token_idx[at],
+                self.expert_offsets[at],
+                self.tiles_done[at],
+                self.row_targets[at],
+                self.combine_offsets[bounds],
+            )
+        return kept
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(t.numel() * t.element_size() for t in vars(self).values())
+        own = (t for name, t in vars(self).items() if name != "scales" and isinstance(t, torch.Tensor))
+        return sum(t.nbytes for t in own)
 
 
 _workspaces: dict[tuple[object, ...], Workspace] = {}
 
 
 def workspace_for(shape: Shape, device: torch.device) -> Workspace:
-    """A workspace for a call on the current stream: kept by device, stream and size class, never returned to callers.
+    """A workspace for a call on the current stream, never returned to callers: that of the last number of tokens is
+    kept for each device, stream and geometry.
 
     Within a graph capture it comes fresh from the graph's own pool, so that no later call writes under the graph.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return Workspace(shape, device)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (device, stream, replace(shape, tokens=0))
+    stream = current_stream(device.index or 0) if device.type == "cuda" else 0
+    key = (device, stream, shape.local, shape.top_k, shape.hidden, shape.intermediate)
     kept = _workspaces.get(key)
-    if kept is None or len(kept.topk_ids) != shape.tokens:
+    if kept is None or kept.topk_ids.shape[0] != shape.tokens:
         _workspaces.pop(key, None)  # the old one's memory can serve the new one
         _workspaces[key] = Workspace(shape, device)
     return _workspaces[key]
 
 
 def release_workspaces() -> None:
-    """Forget every kept workspace; graphs keep theirs."""
+    """Forget every kept workspace, and how calls are cut; graphs keep theirs."""
     _workspaces.clear()
+    slices.cache_clear()
 
 
 def run(
@@ -157,41 +202,40 @@ def run(
     if device.type == "cuda":
         kernel_for(top_k, device, cluster)  # also where one window suffices: a longer call may come within a capture
     whole = Shape(tokens, gemm2_weights.shape[0], top_k, hidden, gemm2_weights.shape[2])
-    for start in range(0, tokens, whole.tokens_at_once):
-        part = slice(start, min(start + whole.tokens_at_once, tokens))
-        shape = replace(whole, tokens=part.stop - part.start)
+    for part, shape, usual in slices(whole, routing_logits.shape[1]):
         space = workspace_for(shape, device)
+        logits, states, scales, output = routing_logits, hidden_states, hidden_states_scale, out
+        if shape.tokens < tokens:
+            logits, states, scales, output = logits[part], states[part], scales[:, part], output[part]
         route(
-            routing_logits[part], routing_bias, space.topk_ids, space.topk_weights, space.token_rows, space.local_mask,
-            shape.local, local_expert_offset, routed_scaling_factor, n_group, topk_group,
-            (hidden_states_scale[:, part], space.token_scales),
+            logits, routing_bias, space.topk_ids, space.topk_weights, space.token_rows, space.local_mask,
+            shape.local, local_expert_offset, routed_scaling_factor, n_group, topk_group, (scales, space.token_scales),
         )  # fmt: skip
-        scales = space.token_scales[:, : hidden // 128].T
         place(
             space.local_mask, space.topk_ids, space.topk_weights, space.token_rows, space.token_weights,
             space.permuted_idx_to_token_idx, space.row_targets, space.expert_offsets, space.combine_tokens,
             space.combine_offsets, space.idle_tokens, space.idle_count, space.tiles_done, local_expert_offset, pdl=True,
         )  # fmt: skip
         matrices = (
-            hidden_states[part], scales, gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale,
+            states, space.scales, gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale,
         )  # fmt: skip
-        usual = shape.usual_windows(routing_logits.shape[1])
-        for window in range(usual):
-            idle = (None, None) if window else (space.idle_tokens, space.idle_count)
+        for number in range(usual):
+            window = space.window(number)
+            idle = (None, None) if number else (space.idle_tokens, space.idle_count)
             grouped_gemms(
-                *matrices, space.permuted_idx_to_token_idx[window], space.expert_offsets[window], space.requantized,
-                space.requantized_scale, space.gemm2_out, space.tiles_done[window], space.counters,
-                Direct(out[part], space.row_targets[window], *idle), cluster, pdl=True,
+                *matrices, window.permuted_idx_to_token_idx, window.expert_offsets, space.requantized,
+                space.requantized_scale, space.gemm2_out, window.tiles_done, space.counters,
+                Direct(output, window.row_targets, *idle), cluster, pdl=True,
             )  # fmt: skip
             combine(
-                space.gemm2_out, space.token_weights, space.token_rows, space.combine_tokens,
-                space.combine_offsets[window : window + 2], out[part], pdl=True,
+                space.gemm2_out, space.token_weights, space.token_rows, space.combine_tokens, window.combine_offsets,
+                output, pdl=True,
             )  # fmt: skip
-        if usual < shape.windows.count:
+        if usual < space.expert_offsets.shape[0]:
+            later = space.window(usual, and_later=True)
             later_windows(
-                *matrices, space.permuted_idx_to_token_idx[usual:], space.expert_offsets[usual:], space.requantized,
-                space.requantized_scale, space.gemm2_out, space.tiles_done[usual:], space.counters,
-                space.row_targets[usual:], space.token_weights, space.token_rows, space.combine_tokens,
-                space.combine_offsets[usual:], out[part], cluster,
+                *matrices, later.permuted_idx_to_token_idx, later.expert_offsets, space.requantized,
+                space.requantized_scale, space.gemm2_out, later.tiles_done, space.counters, later.row_targets,
+                space.token_weights, space.token_rows, space.combine_tokens, later.combine_offsets, output, cluster,
             )  # fmt: skip
     return out

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from moe_fast.current import current_stream
 from moe_fast.kernels.cuda_few_tokens import COUNTERS, TOKENS, few_tokens, prepare, rows_kept
 
 RECIPE = "requant"
@@ -86,7 +87,7 @@ def run(
     if out is None:
         out = torch.empty_like(hidden_states, dtype=torch.bfloat16)
     launch = prepare(routing_bias.shape[0], n_group, topk_group, top_k, local, hidden, intermediate, index)
-    stream = torch._C._cuda_getCurrentRawStream(index)  # what triton's launcher asks, too; a Stream object costs 2 us
+    stream = current_stream(index)
     space = workspace_for(local, top_k, intermediate, index, stream)
     rest = (
         gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale, local_expert_offset,

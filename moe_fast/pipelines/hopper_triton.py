@@ -9,15 +9,17 @@ with other inputs. Made for few rows an expert, where reading the weights is the
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 
+from moe_fast.current import current_stream
 from moe_fast.kernels.combine import combine
 from moe_fast.kernels.experts import Tiling, experts, num_counters
 from moe_fast.kernels.permute import CHUNK, permute
 from moe_fast.kernels.routing import route
+from moe_fast.kernels.triton_launch import cdiv, next_power_of_2
 from moe_fast.target import target_of
 from moe_fast.tuning.table import saved
 
@@ -74,7 +76,7 @@ class Workspace:
         self.token_rows = ints(tokens, shape.top_k)
         self.expert_offsets = ints(shape.local + 1)
         self.tile_offsets = ints(shape.local + 1)
-        self.chunk_counts = ints(triton.cdiv(tokens, CHUNK), shape.local)
+        self.chunk_counts = ints(cdiv(tokens, CHUNK), shape.local)
         self.permuted_idx_to_token_idx = ints(rows)
         self.swiglu_out = torch.empty(rows, shape.intermediate, device=device)
         self.requantized = torch.empty(rows, shape.intermediate, dtype=torch.float8_e4m3fn, device=device)
@@ -82,20 +84,29 @@ class Workspace:
         self.gemm2_out = torch.empty(rows, shape.hidden, device=device)
         self.counters = ints(num_counters(shape.max_tiles(tile_rows), shape.intermediate))
         self.ticket = ticket
+        self._first: dict[int, tuple[torch.Tensor, ...]] = {}
+
+    def first(self, tokens: int) -> tuple[torch.Tensor, ...]:
+        """topk_ids, topk_weights, local_slot and token_rows of so many tokens; kept, for views take microseconds."""
+        if tokens not in self._first:
+            whole = self.topk_ids, self.topk_weights, self.local_slot, self.token_rows
+            self._first[tokens] = tuple(t[:tokens] for t in whole)
+        return self._first[tokens]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(t.numel() * t.element_size() for t in vars(self).values())
+        return sum(t.nbytes for t in vars(self).values() if isinstance(t, torch.Tensor))
 
 
 _workspaces: dict[tuple[object, ...], Workspace] = {}
 _tickets: dict[torch.device, list[torch.Tensor]] = {}
 
 
+@functools.lru_cache(maxsize=4096)
 def size_class(shape: Shape) -> Shape:
     """The shape with its tokens rounded up to a power of two, 16 at least: few classes share the kept workspaces."""
-    return replace(shape, tokens=max(16, triton.next_power_of_2(shape.tokens)))
+    return replace(shape, tokens=max(16, next_power_of_2(shape.tokens)))
 
 
 def workspace_for(shape: Shape, tile_rows: int, device: torch.device) -> Workspace:
@@ -107,7 +118,7 @@ def workspace_for(shape: Shape, tile_rows: int, device: torch.device) -> Workspa
         spare = _tickets.get(device, [])
         ticket = spare.pop() if spare else torch.zeros(1, dtype=torch.int32, device=device)
         return Workspace(shape, tile_rows, device, ticket)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    stream = current_stream(device.index or 0) if device.type == "cuda" else 0
     shape = size_class(shape)
     key = (device, stream, shape, tile_rows)
     if key not in _workspaces:
@@ -150,21 +161,24 @@ def run(
     for start in range(0, tokens, tokens_at_once):
         part = slice(start, min(start + tokens_at_once, tokens))
         count = part.stop - part.start
+        logits, states, scales, output = routing_logits, hidden_states, hidden_states_scale, out
+        if count < tokens:
+            logits, states, scales, output = logits[part], states[part], scales[:, part], output[part]
         tuned = saved(count, hidden_states.device, *sizes) if tiling is None else None
         cut = tiling or (tuned and tuned.tiling) or choose_tiling(count)
         shape = Shape(count, local, top_k, hidden, intermediate)
         _run_slice(
-            routing_logits[part],
+            logits,
             routing_bias,
-            hidden_states[part],
-            hidden_states_scale[:, part],
+            states,
+            scales,
             gemm1_weights,
             gemm1_weights_scale,
             gemm2_weights,
             gemm2_weights_scale,
             local_expert_offset,
             routed_scaling_factor,
-            out[part],
+            output,
             n_group,
             topk_group,
             cut,
@@ -190,14 +204,13 @@ def _run_slice(
     cut: Tiling,
     space: Workspace,
 ) -> None:
-    tokens = len(hidden_states)
+    tokens = hidden_states.shape[0]
     on_gpu = hidden_states.is_cuda  # the interpreter runs on CPU tensors
-    local_slot, token_rows = space.local_slot[:tokens], space.token_rows[:tokens]
-    topk_weights = space.topk_weights[:tokens]
+    topk_ids, topk_weights, local_slot, token_rows = space.first(tokens)
     permuted = route(
         routing_logits,
         routing_bias,
-        space.topk_ids[:tokens],
+        topk_ids,
         topk_weights,
         local_slot,
         token_rows,
