@@ -54,7 +54,7 @@ def unfit(experts: int, local: int, hidden: int, inter: int, top_k: int, sm_coun
     slots, slot = ring(hidden, inter, local, top_k)
     if slots < 12:
         return f"twelve slots for intermediate_size {inter} do not fit shared memory"
-    if TOKENS * experts * 8 > slots * slot:
+    if TOKENS * experts * 8 > (slots - TOKENS // 2) * slot:
         return f"the scores of {experts} experts do not fit beside hidden_size {hidden}"
     return None
 

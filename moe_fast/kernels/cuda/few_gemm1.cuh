@@ -2,39 +2,25 @@
 #pragma once
 #include "few_multiply.cuh"
 
-// The tokens' bytes that a warp needs for gemm1, as they are in memory: token g's bytes 64 h + 16 q.. of each block.
-// A column without a token has the last one's: nobody looks at it.
-struct TokenBytes {
-    uint4 bytes[PART1][2];
-
-    INLINE void load(const Params& p, int warp, int lane) {
-        const int token = min(lane >> 2, p.tokens - 1);
-        const u8* from = p.hidden_states + i64(token) * HIDDEN + warp * PART1 * 128 + (lane & 3) * 16;
-#pragma unroll
-        for (int b = 0; b < PART1; ++b) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const uint4* at = reinterpret_cast<const uint4*>(from + b * 128 + h * 64);
-                bytes[b][h] = has_block1(warp, b) ? __ldg(at) : uint4{};
-            }
-        }
-    }
-};
-
-// The same, converted. They stay in registers, for they are the same for every expert.
+// The tokens' bytes that a warp needs for gemm1, converted: token g's bytes 64 h + 16 q.. of each block. They stay in
+// registers, for they are the same for every expert. A column without a token has the last one's: nobody looks at it.
 struct Activations {
     Pairs payload[PART1][2][4];
 
-    INLINE explicit Activations(const TokenBytes& of) {
+    INLINE Activations(const Params& p, const Ring& ring, int warp, int lane) {
+        const u32 row = ring.token(min(lane >> 2, p.tokens - 1)) + (lane & 3) * 16 + warp * PART1 * 128;
+        ring.await_tokens();
 #pragma unroll
         for (int b = 0; b < PART1; ++b) {
+            if (!has_block1(warp, b)) break;
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const uint4 bytes = of.bytes[b][h];
+                const int4 bytes = load_shared4i(row + b * 128 + h * 64);
                 payload[b][h][0] = Pairs(bytes.x), payload[b][h][1] = Pairs(bytes.y);
                 payload[b][h][2] = Pairs(bytes.z), payload[b][h][3] = Pairs(bytes.w);
             }
         }
+        ring.release_tokens(lane);
     }
 };
 

@@ -36,6 +36,8 @@ constexpr int OUTPUT_TILES = HIDDEN / 8, PAIRS = (ITEMS + 1) / 2;
 constexpr int TILE_SLOTS = COLUMNS;
 constexpr int ROW1 = HIDDEN + 64, ROW2 = INTER + 64;
 constexpr int SLOT = 2 * ROW1 > 8 * ROW2 ? 2 * ROW1 : 8 * ROW2;
+// Until the weights come, the last slots hold the tokens, two a slot, and the first ones routing's scores.
+constexpr int TOKENS_SLOT = STAGES - TOKENS / 2;
 static_assert(PART1 <= 16 && 2 * PAIRS * PART2 <= 32, "a warp's scales must fit its lanes");
 static_assert(STAGES > TILE_SLOTS, "more than one tile of gemm1");
 static_assert(UNDER_WAY > 0 && UNDER_WAY < STAGES, "a slot that is waited for must not be asked for again");
@@ -51,6 +53,7 @@ enum : u32 { UNWRITTEN = 0xFFFFFFFF };
 
 struct Shared {
     u64 full[STAGES], empty[STAGES], drawn, taken;
+    u64 tokens_full, tokens_empty;
     int next;      // the share that was drawn last
     int first[2];  // of gemm1, of gemm2
     int hits;
@@ -64,7 +67,13 @@ struct Shared {
 
 // ---- the ring
 struct Ring {
-    u32 slots, full, empty;
+    u32 slots, full, empty, tokens_full, tokens_empty;
+    INLINE Ring(u8* of, Shared& s)
+        : slots(shared_address(of)),
+          full(shared_address(s.full)),
+          empty(shared_address(s.empty)),
+          tokens_full(shared_address(&s.tokens_full)),
+          tokens_empty(shared_address(&s.tokens_empty)) {}
     INLINE u32 slot(int n) const { return slots + n % STAGES * SLOT; }
     INLINE u32 full_bar(int n) const { return full + n % STAGES * 8; }
     INLINE void await_full(int n) const { barrier_wait(full_bar(n), n / STAGES & 1); }
@@ -72,7 +81,15 @@ struct Ring {
     // what is asked for queues behind them.
     INLINE void await_empty(int n) const {
         if (n >= UNDER_WAY) await_full(n - UNDER_WAY);
+        if (n == TOKENS_SLOT) barrier_wait(tokens_empty, 0);
         if (n >= STAGES) barrier_wait(empty + n % STAGES * 8, n / STAGES + 1 & 1);
+    }
+    INLINE u32 token(int t) const { return slot(TOKENS_SLOT) + t * ROW1; }
+    INLINE void await_tokens() const { barrier_wait(tokens_full, 0); }
+    // This warp has read them.
+    INLINE void release_tokens(int lane) const {
+        __syncwarp();
+        if (EVERY_LANE_ARRIVES || lane == 0) barrier_arrive(tokens_empty);
     }
     // This warp has read `count` slots.
     INLINE void release(int n, int count, int lane) const {
@@ -86,7 +103,7 @@ struct Ring {
 };
 
 // ---- named barriers
-enum : u32 { MATH = 1, HITS_LISTED, ALL_BLANKED, ALL_DRAWN };
+enum : u32 { MATH = 1, SCORED, HITS_LISTED, ALL_BLANKED, ALL_DRAWN };
 enum : u32 { MATH_AND_ONE = 32 * (MATH_WARPS + 1) };  // threads: the math warps and the loading or the watching one
 
 INLINE void math_sync() { named_barrier_sync(MATH, 32 * MATH_WARPS); }

@@ -1,6 +1,15 @@
-// Loading weights into the ring, by one warp.
+// Loading the tokens, then weights into the ring, by one warp.
 #pragma once
 #include "few_layout.cuh"
+
+INLINE void load_tokens(const Params& p, const Ring& ring, int lane) {
+    if (lane == 0) barrier_arrive_expect(ring.tokens_full, p.tokens * HIDDEN);
+    __syncwarp();
+    if (lane < p.tokens) {
+        const u8* from = p.hidden_states + i64(lane) * HIDDEN;
+        bulk_load(ring.token(lane), from, HIDDEN, ring.tokens_full, evict_normal_policy());
+    }
+}
 
 INLINE void load_gemm1_tile(const Params& p, const Shared& s, const Ring& ring, int tile, int& n, int lane,
                             u64 policy) {
@@ -33,7 +42,7 @@ INLINE void load_gemm2_tile(const Params& p, int expert, const Ring& ring, int t
     ++n;
 }
 
-// The next share; asked for when one begins, for the answer takes microseconds while weights stream in.
+// The next share; asked for while one is loaded, for the answer takes microseconds while weights stream in.
 INLINE int draw(const Params& p, int which, int lane) { return lane == 0 ? atomicAdd(p.counters + which, 1) : 0; }
 
 // Shows it to the math warps when they have seen the one before.
@@ -52,10 +61,12 @@ INLINE void load_everything(const Params& p, Shared& s, const Ring& ring, int la
     const int shares = gridDim.x;
     int n = 0, draws = 0;
     for (int share = s.first[0]; share < shares;) {
-        const int next = draw(p, DRAWN_GEMM1, lane), end = share_begin(share + 1, s.hits * TILES);
+        const int begin = share_begin(share, s.hits * TILES), end = share_begin(share + 1, s.hits * TILES);
+        int next = 0;
 #pragma unroll 1
-        for (int tile = share_begin(share, s.hits * TILES); tile < end; ++tile) {
-            load_gemm1_tile(p, s, ring, tile, n, lane, policy);
+        for (int tile = begin; tile < end || tile == begin; ++tile) {
+            if (tile < end) load_gemm1_tile(p, s, ring, tile, n, lane, policy);
+            if (tile == begin) next = draw(p, DRAWN_GEMM1, lane);  // not before: the next loads would wait for it
         }
         share = show_drawn(s, next, draws, lane);
     }

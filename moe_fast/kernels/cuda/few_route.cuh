@@ -8,7 +8,7 @@ struct Scores {
     float score[TOKENS * EXPERTS];
     u32 key[TOKENS * EXPERTS];
 };
-static_assert(sizeof(Scores) <= STAGES * SLOT, "the scores must fit the ring");
+static_assert(sizeof(Scores) <= TOKENS_SLOT * SLOT, "the scores must fit beside the tokens");
 
 // An expert a thread. All tokens' logits are asked for at once; the rest is a loop, for instructions come cold from
 // memory, too, and a short program is fetched sooner.

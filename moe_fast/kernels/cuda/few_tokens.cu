@@ -27,9 +27,8 @@ INLINE int see_drawn(Shared& s, int& draws, int lane) {
     return __shfl_sync(ALL, next, 0);
 }
 
-INLINE void multiply_everything(const Params& p, Shared& s, const Ring& ring, const TokenBytes& tokens, int warp,
-                                int lane) {
-    const Activations x(tokens);
+INLINE void multiply_everything(const Params& p, Shared& s, const Ring& ring, int warp, int lane) {
+    const Activations x(p, ring, warp, lane);
     math_sync();
     const int shares = gridDim.x;
     int n = 0, draws = 0;
@@ -61,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few_tokens_kernel(const
     extern __shared__ __align__(128) u8 slots[];
     __shared__ Shared s;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const Ring ring = {shared_address(slots), shared_address(s.full), shared_address(s.empty)};
+    const Ring ring(slots, s);
     if (threadIdx.x < STAGES) {
         barrier_init(ring.full + 8 * threadIdx.x, 1);
         barrier_init(ring.empty + 8 * threadIdx.x, MATH_WARPS * ARRIVING_LANES);
@@ -71,20 +70,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few_tokens_kernel(const
     if (threadIdx.x == 0) {
         barrier_init(shared_address(&s.drawn), 1);
         barrier_init(shared_address(&s.taken), MATH_WARPS);
+        barrier_init(ring.tokens_full, 1);
+        barrier_init(ring.tokens_empty, MATH_WARPS * ARRIVING_LANES);
     }
     barrier_init_fence();
     int local = -1;
     float weight = 0.0f;
-    TokenBytes tokens;
     if (warp == MATH_WARPS) {
         if (lane < 2) s.first[lane] = atomicAdd(p.counters + (lane ? DRAWN_GEMM2 : DRAWN_GEMM1), 1);
+        named_barrier_sync(SCORED, MATH_AND_ONE);
+        load_tokens(p, ring, lane);  // behind the logits, before the weights: what is asked for queues
     } else if (warp > MATH_WARPS) {
         load_x_scale(p, s, threadIdx.x - 32 * (MATH_WARPS + 1), THREADS - 32 * (MATH_WARPS + 1));
     } else {
         Scores& scores = *reinterpret_cast<Scores*>(slots);
         score_all(p, scores);
-        tokens.load(p, warp, lane);  // before the weights, behind which they would queue
-        math_sync();
+        named_barrier_sync(SCORED, MATH_AND_ONE);
         if (warp < p.tokens) choose_experts(p, scores, warp, lane, local, weight);
         async_proxy_fence();  // the ring's copies come after the scores
     }
@@ -110,5 +111,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few_tokens_kernel(const
         s.weight[hit][warp] = weight;
         atomicOr(&s.chosen_by[hit], 1u << warp);
     }
-    multiply_everything(p, s, ring, tokens, warp, lane);
+    multiply_everything(p, s, ring, warp, lane);
 }
