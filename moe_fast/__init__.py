@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moe_fast.backends import Backend, by_name, pick
+from moe_fast.backends import ALIGNMENT, Backend, by_name, pick
 from moe_fast.tuning import tune
 from moeref.inputs import FIELDS, InputError, find_problems
 from moeref.spec import Geometry, SpecError
@@ -68,8 +68,9 @@ def moe(
     local_expert_offset .. local_expert_offset + L - 1.
     n_group, topk_group, top_k: by default the model's with E experts (routing_constants). backend: a name of
     moe_fast.backends.backends(); by default the fastest one that can run here.
-    Raises moeref.inputs.InputError naming every field of wrong shape, dtype, device or layout (values are not read:
-    nothing waits for the device), ValueError for an unknown backend, RuntimeError where none can run.
+    Raises moeref.inputs.InputError naming every field of wrong shape, dtype, device, layout or, where the backend needs
+    it, address (values are not read: nothing waits for the device), ValueError for an unknown backend, RuntimeError
+    where none can run.
     """
     ten = (
         routing_logits,
@@ -102,7 +103,7 @@ _checked: dict[tuple[Any, ...], tuple[Geometry, Backend]] = {}
 def _form(value: Any) -> Any:
     """All that is checked of an input: of a tensor its layout, of a number its value; anything else equals nothing."""
     if isinstance(value, torch.Tensor) and value.layout == torch.strided and value.dim() > 0:
-        return value.shape, value.stride(), value.dtype, value.device
+        return value.shape, value.stride(), value.dtype, value.device, value.data_ptr() % ALIGNMENT
     return (type(value), value) if value is None or type(value) in (int, float) else object()
 
 
@@ -125,6 +126,8 @@ def _check(
     chosen = by_name(backend) if backend is not None else pick(geometry, device)
     if backend is not None and (reason := chosen.unsupported(geometry, device)) is not None:
         raise RuntimeError(f"backend {backend} can't run {geometry.name} on {device}: {reason}")
+    if problems := _misaligned({**dict(zip(FIELDS, ten, strict=True)), "out": out}, chosen):
+        raise InputError(problems)
     return geometry, chosen
 
 
@@ -161,6 +164,16 @@ def geometry_of(
 
 def _describe(value: Any) -> str:
     return f"a tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _misaligned(tensors: dict[str, Any], backend: Backend) -> list[str]:
+    wrong = []
+    for field in backend.aligned:
+        past = 0 if tensors[field] is None else tensors[field].data_ptr() % ALIGNMENT
+        if past:
+            wanted = f"expected an address that is a multiple of {ALIGNMENT} bytes, as backend {backend.name} needs"
+            wrong.append(f"{field}: {wanted}, got one {past} bytes past; clone() gives such a tensor")
+    return wrong
 
 
 def _output_problems(out: Any, hidden_states: torch.Tensor) -> list[str]:

@@ -143,6 +143,25 @@ def test_a_wrong_output_buffer_is_named(out: Any, text: str) -> None:
         moe_fast.moe(*inputs.args(), out, **groups(inputs))
 
 
+def test_an_address_that_the_backend_can_not_take_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs(Problem.parse("small-t9-o8-iid-model_like-s0"))
+    ten, packed = list(inputs.args()), torch.empty(inputs.hidden_states.numel() + 8, dtype=torch.uint8)
+    packed[8:] = inputs.hidden_states.view(torch.uint8).flatten()
+    ten[2] = packed[8:].view(inputs.hidden_states.dtype).view(inputs.hidden_states.shape)
+    past = ten[2].data_ptr() % 16
+    assert past, "torch gives out addresses that are multiples of 16"
+    want = moe_fast.moe(*inputs.args(), backend="reference", **groups(inputs))
+    assert torch.equal(moe_fast.moe(*ten, backend="reference", **groups(inputs)), want)
+    demanding = replace(backends()["reference"], aligned=("hidden_states", "out"))
+    monkeypatch.setattr("moe_fast.backends.backends", lambda: {"reference": demanding})
+    monkeypatch.setattr(moe_fast, "_checked", {})
+    assert torch.equal(moe_fast.moe(*inputs.args(), backend="reference", **groups(inputs)), want)
+    with pytest.raises(InputError, match=rf"hidden_states: .*multiple of 16 bytes.* got one {past} bytes past; clone"):
+        moe_fast.moe(*ten, backend="reference", **groups(inputs))
+    ten[2] = ten[2].clone()
+    assert torch.equal(moe_fast.moe(*ten, backend="reference", **groups(inputs)), want)
+
+
 def test_scales_are_not_read() -> None:
     inputs = make_inputs(Problem.parse("small-t9-o8-iid-model_like-s0"))
     inputs.gemm1_weights_scale.fill_(torch.nan)

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from moeref.interop.candidates import Candidate
 
 
+ALIGNMENT = 16
+"""Bytes; what bulk copies and vector loads ask of an address."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """An implementation of the ten-input function.
@@ -41,6 +45,7 @@ class Backend:
     summary: str
     choices: tuple[Backend, ...] = ()  # of one that stands for others: the first that can run is taken
     workspace: Callable[[Geometry, int], int | None] | None = None  # bytes kept by a call of so many tokens
+    aligned: tuple[str, ...] = ()  # inputs, or out, whose address must be a multiple of ALIGNMENT
 
 
 class NoBackend(RuntimeError):

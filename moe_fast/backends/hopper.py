@@ -95,6 +95,7 @@ BACKEND = Backend(
     deterministic=True,
     unsupported=unsupported,
     workspace=workspace,
+    aligned=hopper_cuda.ALIGNED,
     priority=60,
     summary=f"Hopper: one launch up to {FEW_TOKENS} tokens, hopper_triton up to {TRITON_TOKENS}, hopper_cuda beyond",
 )

@@ -79,6 +79,9 @@ def workspace(geometry: Geometry, tokens: int) -> int:
     return Workspace(replace(shape, tokens=min(tokens, shape.tokens_at_once)), torch.device("meta")).nbytes
 
 
+ALIGNED = ("hidden_states", "gemm1_weights", "gemm2_weights", "out")
+"""What the CUDA C++ kernels read or write 16 bytes at a time; the Triton pipeline takes any address."""
+
 BACKEND = Backend(
     name="hopper_cuda",
     run=run,
@@ -86,6 +89,7 @@ BACKEND = Backend(
     deterministic=True,
     unsupported=unsupported,
     workspace=workspace,
+    aligned=ALIGNED,
     priority=40,
     summary="CUDA C++, Hopper: route, place, gemm1, gemm2, combine; gemm2's rows in bfloat16",
 )

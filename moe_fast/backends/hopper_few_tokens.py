@@ -79,6 +79,7 @@ BACKEND = Backend(
     deterministic=True,
     unsupported=unsupported,
     workspace=workspace,
+    aligned=hopper_cuda.ALIGNED,
     priority=30,
     summary="CUDA C++, Hopper: the whole layer in one launch for every 8 tokens",
 )
