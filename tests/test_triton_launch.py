@@ -110,6 +110,25 @@ def test_constants_out_of_order_are_refused() -> None:
         Launcher(Jitted())((1,), tensors(), (7, 0.5), {"PDL": False, "BLOCK": 16})
 
 
+def test_the_installed_tritons_compiled_kernel_is_launched_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real class without a driver: its launcher gets the grid, the stream, the function and our values."""
+    compiler = pytest.importorskip("triton.compiler.compiler")
+    real = object.__new__(compiler.CompiledKernel)
+    launched: list[tuple[Any, ...]] = []
+    real.module, real._module_pid, real.function, real.packed_metadata = "loaded", -1, "function", "packed"
+    real.name, real.src = "kernel", None
+    real._run = lambda *arguments: launched.append(arguments)
+    kernel = Jitted()
+    monkeypatch.setattr(Jitted, "__getitem__", lambda self, grid: lambda *arguments, **named: real)
+    monkeypatch.setattr(triton_launch, "current_stream", lambda index: 99)
+    launch, (x, y) = Launcher(kernel), tensors()
+    for _ in range(2):
+        launch((4, 2), (x, y), (7, 0.5), CONSTANTS, num_warps=4)
+    (arguments,) = launched
+    assert arguments[:5] == (4, 2, 1, 99, "function")
+    assert arguments[-6:] == (x.data_ptr(), y.data_ptr(), 7, 0.5, 16, False)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("tokens", [9, 100, 300])
