@@ -66,7 +66,7 @@ INLINE void load_everything(const Params& p, Shared& s, const Ring& ring, int la
 #pragma unroll 1
         for (int tile = begin; tile < end || tile == begin; ++tile) {
             if (tile < end) load_gemm1_tile(p, s, ring, tile, n, lane, policy);
-            if (tile == begin) next = draw(p, DRAWN_GEMM1, lane);  // not before: the next loads would wait for it
+            if (tile == begin) next = draw(p, DRAWN_GEMM1, lane);  // behind it: the compiler makes the warp wait for it
         }
         share = show_drawn(s, next, draws, lane);
     }
