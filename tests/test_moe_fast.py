@@ -162,6 +162,13 @@ def test_an_address_that_the_backend_can_not_take_is_named(monkeypatch: pytest.M
     assert torch.equal(moe_fast.moe(*ten, backend="reference", **groups(inputs)), want)
 
 
+def test_what_must_be_aligned_are_inputs_or_the_output() -> None:
+    named = {backend.name: set(backend.aligned) for backend in backends().values() if backend.aligned}
+    assert set().union(*named.values()) <= {*FIELDS, "out"}
+    copied_by_16_bytes = {"hidden_states", "gemm1_weights", "gemm2_weights"}
+    assert all(copied_by_16_bytes <= named[name] for name in ("hopper", "hopper_cuda", "hopper_few_tokens"))
+
+
 def test_scales_are_not_read() -> None:
     inputs = make_inputs(Problem.parse("small-t9-o8-iid-model_like-s0"))
     inputs.gemm1_weights_scale.fill_(torch.nan)
