@@ -167,6 +167,7 @@ def test_what_must_be_aligned_are_inputs_or_the_output() -> None:
     assert set().union(*named.values()) <= {*FIELDS, "out"}
     copied_by_16_bytes = {"hidden_states", "gemm1_weights", "gemm2_weights"}
     assert all(copied_by_16_bytes <= named[name] for name in ("hopper", "hopper_cuda", "hopper_few_tokens"))
+    assert all({"routing_logits", "routing_bias"} <= named[name] for name in ("hopper", "hopper_cuda"))  # route.cu
 
 
 def test_scales_are_not_read() -> None:

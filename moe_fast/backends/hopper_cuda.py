@@ -79,8 +79,8 @@ def workspace(geometry: Geometry, tokens: int) -> int:
     return Workspace(replace(shape, tokens=min(tokens, shape.tokens_at_once)), torch.device("meta")).nbytes
 
 
-ALIGNED = ("hidden_states", "gemm1_weights", "gemm2_weights", "out")
-"""What the CUDA C++ kernels read or write 16 bytes at a time; the Triton pipeline takes any address."""
+ALIGNED = ("routing_logits", "routing_bias", "hidden_states", "gemm1_weights", "gemm2_weights", "out")
+"""What the CUDA C++ kernels read or write up to 16 bytes at a time; the Triton pipeline takes any address."""
 
 BACKEND = Backend(
     name="hopper_cuda",

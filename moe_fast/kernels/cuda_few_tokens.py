@@ -158,8 +158,9 @@ def few_tokens_torch(
 
     topk_ids, topk_weights = ints(tokens, top_k), torch.empty(tokens, top_k, device=device)
     route_torch(
-        routing_logits, routing_bias, topk_ids, topk_weights, ints(tokens, top_k), ints(mask_words(local), tokens),
-        local, local_expert_offset, routed_scaling_factor, n_group, topk_group,
+        routing_logits, routing_bias, ints(tokens, top_k), torch.empty_like(topk_weights),
+        ints(mask_words(local), tokens), local, local_expert_offset, routed_scaling_factor, n_group, topk_group,
+        choices=(topk_ids, topk_weights),
     )  # fmt: skip
     x = hidden_states.float() * hidden_states_scale.t().repeat_interleave(128, dim=1)
     total = torch.zeros(output.shape, device=device)

@@ -86,7 +86,7 @@ def later_windows(
     blocks = target_of(device).sm_count // cluster * cluster
     maps = gemm.weights_map(gemm1_weights), gemm.weights_map(gemm2_weights)
     stream = current_stream(device.index or 0)
-    kernel.launch(blocks, (*maps, params, combine, counts), stream, cooperative=True)
+    kernel.launch(blocks, (*maps, params, combine, counts), stream, pdl=True, cooperative=True)
 
 
 def later_windows_torch(

@@ -55,6 +55,7 @@ class RouteParams(ctypes.Structure):
         ("topk_ids", ctypes.c_void_p),
         ("topk_weights", ctypes.c_void_p),
         ("token_rows", ctypes.c_void_p),
+        ("token_weights", ctypes.c_void_p),
         ("hidden_states_scale", ctypes.c_void_p),
         ("token_scales", ctypes.c_void_p),
         ("local_mask", ctypes.c_void_p),
@@ -73,8 +74,6 @@ class PlaceParams(ctypes.Structure):
 
     _fields_ = (
         ("local_mask", ctypes.c_void_p),
-        ("topk_ids", ctypes.c_void_p),
-        ("topk_weights", ctypes.c_void_p),
         ("token_rows", ctypes.c_void_p),
         ("token_weights", ctypes.c_void_p),
         ("permuted_idx_to_token_idx", ctypes.c_void_p),
@@ -86,11 +85,9 @@ class PlaceParams(ctypes.Structure):
         ("idle_count", ctypes.c_void_p),
         ("tiles_done", ctypes.c_void_p),
         ("tokens", ctypes.c_int),
-        ("offset", ctypes.c_int),
         ("windows", ctypes.c_int),
         ("capacity", ctypes.c_int),
         ("tiles", ctypes.c_int),
-        ("unused", ctypes.c_int),
     )
 
 
@@ -129,9 +126,8 @@ def place_defines(top_k: int, local: int) -> tuple[tuple[str, int], ...]:
 def route(
     routing_logits: torch.Tensor,
     routing_bias: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
     token_rows: torch.Tensor,
+    token_weights: torch.Tensor,
     local_mask: torch.Tensor,
     local: int,
     local_expert_offset: int,
@@ -139,11 +135,15 @@ def route(
     n_group: int,
     topk_group: int,
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    choices: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    """Fill topk_ids and topk_weights [T, K], best first, and local_mask [ceil(L/32), T]; set token_rows [T, K] to -1.
+    """Fill token_weights [T, K] float32 with the weights of a token's local experts, ascending, and local_mask
+    [ceil(L/32), T] int32; set token_rows [T, K] int32 to -1.
 
-    routing_logits [T, E] float32, routing_bias [E] bfloat16. T > 0, E <= 1024, K <= 32. `scales`: hidden_states_scale
-    [H/128, T] and token_scales [T, scale_columns(H)], which gets them, a token's beside one another. Both float32.
+    routing_logits [T, E] float32, routing_bias [E] bfloat16, both at a multiple of 16 bytes. T > 0, E <= 1024, K <= 32.
+    `scales`: hidden_states_scale [H/128, T] and token_scales [T, scale_columns(H)], which gets them, a token's beside
+    one another, both float32. `choices`: topk_ids [T, K] int32 and topk_weights [T, K] float32, for the experts chosen,
+    best first, local or not.
     """
     tokens, experts = routing_logits.shape
     device = routing_logits.device
@@ -152,9 +152,10 @@ def route(
     params = RouteParams(
         routing_logits.data_ptr(),
         routing_bias.data_ptr(),
-        topk_ids.data_ptr(),
-        topk_weights.data_ptr(),
+        choices[0].data_ptr() if choices else None,
+        choices[1].data_ptr() if choices else None,
         token_rows.data_ptr(),
+        token_weights.data_ptr(),
         scales[0].data_ptr() if scales else None,
         scales[1].data_ptr() if scales else None,
         local_mask.data_ptr(),
@@ -166,15 +167,13 @@ def route(
         clamp_offset(local_expert_offset),
         routed_scaling_factor,
     )
-    variant = route_defines(experts, n_group, topk_group, topk_ids.shape[1], local)
+    variant = route_defines(experts, n_group, topk_group, token_rows.shape[1], local)
     kernel = load("route.cu", variant, "route_kernel", 128, 0, device.index or 0)
     kernel.launch(scale_ctas + -(-tokens // 4), (params,), current_stream(device.index or 0))
 
 
 def place(
     local_mask: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
     token_rows: torch.Tensor,
     token_weights: torch.Tensor,
     permuted_idx_to_token_idx: torch.Tensor,
@@ -185,21 +184,18 @@ def place(
     idle_tokens: torch.Tensor,
     idle_count: torch.Tensor,
     tiles_done: torch.Tensor,
-    local_expert_offset: int,
     pdl: bool = False,
 ) -> None:
-    """Fill token_rows, -1 so far, and token_weights [T, K] with each token's rows, ascending, and their weights;
-    permuted_idx_to_token_idx [W, C] up to each window's rows; row_targets [W, C, 2]: the token whose only row a row is,
-    or -1, and the bits of the row's weight; expert_offsets [W, L+1]; combine_tokens [T], the tokens with two rows or
+    """Fill token_rows [T, K], -1 so far, with each token's rows, ascending, beside token_weights;
+    permuted_idx_to_token_idx [W, C] up to each window's rows; row_targets [W, C, 2]: the token whose only row a row is
+    and the bits of its weight, or -1 and 0; expert_offsets [W, L+1]; combine_tokens [T], the tokens with two rows or
     more, and combine_offsets [W+1], how many lie before each window; idle_tokens [T], those without a row, idle_count
     [1] of them. Zero tiles_done. All int32 but token_weights."""
-    tokens, top_k = topk_ids.shape
+    tokens, top_k = token_rows.shape
     windows, local = expert_offsets.shape[0], expert_offsets.shape[1] - 1
-    device = topk_ids.device
+    device = token_rows.device
     params = PlaceParams(
         local_mask.data_ptr(),
-        topk_ids.data_ptr(),
-        topk_weights.data_ptr(),
         token_rows.data_ptr(),
         token_weights.data_ptr(),
         permuted_idx_to_token_idx.data_ptr(),
@@ -211,11 +207,9 @@ def place(
         idle_count.data_ptr(),
         tiles_done.data_ptr(),
         tokens,
-        clamp_offset(local_expert_offset),
         windows,
         permuted_idx_to_token_idx.shape[1],
         tiles_done.numel(),
-        0,
     )
     kernel = load("place.cu", place_defines(top_k, local), "place_kernel", 1024, 0, device.index or 0)
     kernel.launch(place_slices(local) * (local + 2), (params,), current_stream(device.index or 0), pdl)
@@ -229,9 +223,8 @@ def clamp_offset(offset: int) -> int:
 def route_torch(
     routing_logits: torch.Tensor,
     routing_bias: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
     token_rows: torch.Tensor,
+    token_weights: torch.Tensor,
     local_mask: torch.Tensor,
     local: int,
     local_expert_offset: int,
@@ -239,6 +232,7 @@ def route_torch(
     n_group: int,
     topk_group: int,
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    choices: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Twin of `route`."""
     if scales is not None:
@@ -246,7 +240,7 @@ def route_torch(
         scales[1][:, :blocks] = scales[0].T
         scales[1][:, blocks:] = 0.0
     tokens, experts = routing_logits.shape
-    top_k = topk_ids.shape[1]
+    top_k = token_rows.shape[1]
     scores = 1.0 / (1.0 + torch.exp(-routing_logits))
     grouped = (scores + routing_bias.float()).view(tokens, n_group, experts // n_group)
     group_scores = grouped.topk(min(2, experts // n_group), dim=-1).values.sum(-1)
@@ -255,10 +249,16 @@ def route_torch(
     masked = grouped.masked_fill(~kept.unsqueeze(-1), torch.finfo(torch.float32).min).view(tokens, experts)
     ids = torch.sort(masked, dim=-1, descending=True, stable=True).indices[:, :top_k]
     chosen = scores.gather(1, ids)
-    topk_ids.copy_(ids)
-    topk_weights.copy_(chosen / (chosen.sum(-1, keepdim=True) + 1e-20) * routed_scaling_factor)
+    weights = chosen / (chosen.sum(-1, keepdim=True) + 1e-20) * routed_scaling_factor
+    if choices is not None:
+        choices[0].copy_(ids)
+        choices[1].copy_(weights)
     token_rows.fill_(-1)
     local_ids = ids - local_expert_offset
+    here = (local_ids >= 0) & (local_ids < local)
+    lower = (here.unsqueeze(1) & (local_ids.unsqueeze(1) < local_ids.unsqueeze(2))).sum(-1)  # local experts, of each
+    token, slot = here.nonzero(as_tuple=True)
+    token_weights[token, lower[token, slot]] = weights[token, slot]
     for word in range(mask_words(local)):
         here = (local_ids >= 32 * word) & (local_ids < min(32 * word + 32, local))
         bits = torch.where(here, torch.ones_like(local_ids) << (local_ids - 32 * word).clamp(0, 31), 0).sum(-1)
@@ -267,8 +267,6 @@ def route_torch(
 
 def place_torch(
     local_mask: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
     token_rows: torch.Tensor,
     token_weights: torch.Tensor,
     permuted_idx_to_token_idx: torch.Tensor,
@@ -279,14 +277,13 @@ def place_torch(
     idle_tokens: torch.Tensor,
     idle_count: torch.Tensor,
     tiles_done: torch.Tensor,
-    local_expert_offset: int,
     pdl: bool = False,
 ) -> None:
     """Twin of `place`."""
-    tokens, top_k = topk_ids.shape
+    tokens, top_k = token_rows.shape
     windows, local = expert_offsets.shape[0], expert_offsets.shape[1] - 1
-    local_ids = topk_ids - local_expert_offset
-    here = (local_ids >= 0) & (local_ids < local)
+    bit = torch.arange(32, device=local_mask.device)
+    here = (local_mask.T.unsqueeze(-1) >> bit & 1).flatten(1)[:, :local].bool()  # [T, L]
     per_token = here.sum(1)
     slack = permuted_idx_to_token_idx.shape[1] - GROUP_TOKENS * min(top_k, local)
     tiles_done.zero_()
@@ -305,14 +302,12 @@ def place_torch(
         before += int(per_token[start : start + GROUP_TOKENS].sum())
     for window, (begin, end) in parts.items():
         combine_offsets[window] = int((shared < begin).sum())
-        token, slot = here[begin:end].nonzero(as_tuple=True)
-        expert = local_ids[begin:end][token, slot]
-        order = torch.argsort(expert.long() * tokens + token)
-        placed = token[order] + begin
-        permuted_idx_to_token_idx[window, : len(order)] = placed.to(torch.int32)
-        lower = (here[placed] & (local_ids[placed] < expert[order, None])).sum(1)  # the token's lower local experts
-        token_rows[placed, lower] = torch.arange(len(order), dtype=torch.int32, device=topk_ids.device)
-        token_weights[placed, lower] = topk_weights[placed, slot[order]]
-        row_targets[window, : len(order), 0] = torch.where(per_token[placed] == 1, placed, -1).to(torch.int32)
-        row_targets[window, : len(order), 1] = topk_weights[placed, slot[order]].view(torch.int32)
-        expert_offsets[window, 1:] = torch.bincount(expert.long(), minlength=local).cumsum(0)
+        expert, token = here[begin:end].T.nonzero(as_tuple=True)
+        placed, rows = token + begin, len(token)
+        lower = (here.cumsum(1) - 1)[placed, expert]  # the token's lower local experts
+        permuted_idx_to_token_idx[window, :rows] = placed.to(torch.int32)
+        token_rows[placed, lower] = torch.arange(rows, dtype=torch.int32, device=token_rows.device)
+        alone = per_token[placed] == 1
+        row_targets[window, :rows, 0] = torch.where(alone, placed, -1).to(torch.int32)
+        row_targets[window, :rows, 1] = torch.where(alone, token_weights[placed, lower].view(torch.int32), 0)
+        expert_offsets[window, 1:] = torch.bincount(expert, minlength=local).cumsum(0)

@@ -71,7 +71,7 @@ class Shape:
     @property
     def tokens_at_once(self) -> int:
         """Most tokens that MAX_WINDOWS and TOKEN_BUFFER_BYTES hold: more are done in slices."""
-        token_bytes = 4 * (4 * self.top_k + mask_words(self.local) + scale_columns(self.hidden) + 2)
+        token_bytes = 4 * (2 * self.top_k + mask_words(self.local) + scale_columns(self.hidden) + 2)
         rows = MAX_WINDOWS * (self.row_limit - 32 * self.rows_per_token)
         return min(rows // self.rows_per_token, TOKEN_BUFFER_BYTES // token_bytes)
 
@@ -106,8 +106,6 @@ class Workspace:
 
         tokens, windows = shape.tokens, shape.windows
         capacity = windows.capacity
-        self.topk_ids = ints(tokens, shape.top_k)
-        self.topk_weights = torch.empty(tokens, shape.top_k, device=device)
         self.token_rows = ints(tokens, shape.top_k)
         self.token_weights = torch.empty(tokens, shape.top_k, device=device)
         self.token_scales = torch.empty(tokens, scale_columns(shape.hidden), device=device)
@@ -164,7 +162,7 @@ def workspace_for(shape: Shape, device: torch.device) -> Workspace:
     stream = current_stream(device.index or 0) if device.type == "cuda" else 0
     key = (device, stream, shape.local, shape.top_k, shape.hidden, shape.intermediate)
     kept = _workspaces.get(key)
-    if kept is None or kept.topk_ids.shape[0] != shape.tokens:
+    if kept is None or kept.token_rows.shape[0] != shape.tokens:
         _workspaces.pop(key, None)  # the old one's memory can serve the new one
         _workspaces[key] = Workspace(shape, device)
     return _workspaces[key]
@@ -208,13 +206,13 @@ def run(
         if shape.tokens < tokens:
             logits, states, scales, output = logits[part], states[part], scales[:, part], output[part]
         route(
-            logits, routing_bias, space.topk_ids, space.topk_weights, space.token_rows, space.local_mask,
-            shape.local, local_expert_offset, routed_scaling_factor, n_group, topk_group, (scales, space.token_scales),
+            logits, routing_bias, space.token_rows, space.token_weights, space.local_mask, shape.local,
+            local_expert_offset, routed_scaling_factor, n_group, topk_group, (scales, space.token_scales),
         )  # fmt: skip
         place(
-            space.local_mask, space.topk_ids, space.topk_weights, space.token_rows, space.token_weights,
-            space.permuted_idx_to_token_idx, space.row_targets, space.expert_offsets, space.combine_tokens,
-            space.combine_offsets, space.idle_tokens, space.idle_count, space.tiles_done, local_expert_offset, pdl=True,
+            space.local_mask, space.token_rows, space.token_weights, space.permuted_idx_to_token_idx, space.row_targets,
+            space.expert_offsets, space.combine_tokens, space.combine_offsets, space.idle_tokens, space.idle_count,
+            space.tiles_done, pdl=True,
         )  # fmt: skip
         matrices = (
             states, space.scales, gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale,

@@ -36,6 +36,9 @@ struct float2 {
 struct int2 {
     int x, y;
 };
+struct uint2 {
+    u32 x, y;
+};
 struct alignas(16) float4 {
     float x, y, z, w;
 };
@@ -332,6 +335,7 @@ inline float __int_as_float(int i) { return host::of_bits<float>(host::bits(i));
 inline u32 __float_as_uint(float f) { return u32(host::bits(f)); }
 inline float __uint_as_float(u32 i) { return host::of_bits<float>(host::bits(i)); }
 inline float __frcp_rn(float x) { return 1.0f / x; }
+inline float approximate_inverse(float x) { return nextafterf(1.0f / x, 0.0f); }
 inline int __popc(u32 word) { return __builtin_popcount(word); }
 inline float silu(float gate) { return gate / (1.0f + expf(-gate)); }
 inline float requantize_scale(float largest) {

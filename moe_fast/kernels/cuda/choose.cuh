@@ -19,12 +19,34 @@ INLINE u32 key_of(float score) {
     return u32(bits < 0 ? bits ^ 0x7FFFFFFF : bits) ^ 0x80000000u;
 }
 
+// The same of a sum of a usual_sigmoid, which is above 0, so that it is not -0. The unit's own NaN has no sign and is
+// the largest.
+INLINE u32 key_of_usual(float score) {
+    const int bits = __float_as_int(score);
+    return u32(bits) ^ (u32(bits >> 31) | 0x80000000u);
+}
+
 INLINE float score_of(u32 key) {
     const int bits = int(key ^ 0x80000000u);
     return __int_as_float(bits < 0 ? bits ^ 0x7FFFFFFF : bits);
 }
 
 INLINE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// The same bits without a branch, for many at a time: an estimate of the inverse and one step of Newton's are what a
+// division does unless an operand is out of the ordinary. Then `usual` becomes false, and the result means nothing.
+INLINE float usual_sigmoid(float x, bool& usual) {
+    const float divisor = 1.0f + expf(-x);
+    usual = usual && divisor < 8.507059e37f;  // 2^126, whose inverse is the smallest normal number
+    const float estimate = approximate_inverse(divisor);
+    return fmaf(estimate, fmaf(-divisor, estimate, 1.0f), estimate);
+}
+
+INLINE float any_sigmoid(float x) {
+    bool usual = true;
+    const float score = usual_sigmoid(x, usual);
+    return usual ? score : sigmoid(x);
+}
 
 INLINE float bf16_to_float(u16 bits) { return __uint_as_float(u32(bits) << 16); }
 
@@ -52,12 +74,14 @@ INLINE int groups_before(const u32 (&key)[PER_LANE], int lane) {
     for (int j = 0; j < PER_LANE; ++j) best.add(key[j]);
     best.merge_lanes(GROUP_LANES);
     const u32 mine = best.sum_key();
-    const int group = lane / GROUP_LANES;
+    const int group = lane / GROUP_LANES, first_lane = group * GROUP_LANES;
     int before = 0;
 #pragma unroll
-    for (int g = 0; g < GROUPS; ++g) {
-        const u32 other = __shfl_sync(ALL, mine, g * GROUP_LANES);
-        before += other > mine || (other == mine && g < group);
+    for (int start = 0; start < GROUPS; start += GROUP_LANES) {  // a group's lanes look at as many other groups
+        const int g = start + lane - first_lane;
+        const u32 other = __shfl_sync(ALL, mine, g * GROUP_LANES & 31);
+        const u32 lanes = __ballot_sync(ALL, g < GROUPS && (other > mine || (other == mine && g < group)));
+        before += __popc(lanes >> first_lane & (ALL >> (32 - GROUP_LANES)));
     }
     return before;
 }
@@ -126,10 +150,11 @@ INLINE int choose(u32 (&key)[PER_LANE], int lane) {
     return chosen;
 }
 
-// Weight of lane k's choice from its score, which is 0 in lanes without a choice.
+// Weight of lane k's choice, k < TOP_K, from its score, which is 0 in lanes without a choice.
 INLINE float weight_of(float score, float factor) {
+    constexpr int FURTHEST = TOP_K > 16 ? 16 : TOP_K > 8 ? 8 : TOP_K > 4 ? 4 : TOP_K > 2 ? 2 : TOP_K > 1 ? 1 : 0;
     float total = score;
 #pragma unroll
-    for (int d = 16; d > 0; d >>= 1) total += __shfl_xor_sync(ALL, total, d);
+    for (int d = FURTHEST; d > 0; d >>= 1) total += __shfl_xor_sync(ALL, total, d);
     return score / (total + 1e-20f) * factor;
 }

@@ -210,6 +210,13 @@ INLINE void registers_up() {
 }
 
 // ---- small arithmetic
+// Of a number whose inverse is normal, to one unit in the last place.
+INLINE float approximate_inverse(float x) {
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+    return inverse;
+}
+
 INLINE u32 pack_bf16(float low, float high) {
     u32 packed;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));

@@ -83,7 +83,7 @@ struct Window {
     const int* row_index;       // permuted_idx_to_token_idx [P]
     const int* expert_offsets;  // [L+1]
     int* tiles_done;            // [tile_of(P, L)] zero before a launch that has both phases
-    const int2* row_targets;    // [P] the token whose only row this is, or -1, and its weight's bits
+    const int2* row_targets;    // [P] the token whose only row this is and its weight's bits, or -1 and 0
 };
 
 // Where the scale of a tile's first row lies in a stage: copies of 4 scales begin at multiples of 4 rows.

@@ -7,13 +7,11 @@
 #include "hopper.cuh"
 
 struct Params {
-    const u32* local_mask;      // [WORDS, T], see route.cu
-    const int* topk_ids;        // [T, TOP_K]
-    const float* topk_weights;  // [T, TOP_K]
-    int* token_rows;            // [T, TOP_K] a token's rows within its window, ascending; what is left is -1 already
-    float* token_weights;       // [T, TOP_K] beside token_rows
+    const u32* local_mask;       // [WORDS, T], see route.cu
+    int* token_rows;             // [T, TOP_K] a token's rows within its window, ascending; what is left is -1 already
+    const float* token_weights;  // [T, TOP_K] beside token_rows
     int* permuted_idx_to_token_idx;  // [windows, capacity]
-    int2* row_targets;     // [windows, capacity] the token whose only row this is, or -1, and its weight's bits
+    int2* row_targets;     // [windows, capacity] the token whose only row this is and its weight's bits, or -1 and 0
     int* expert_offsets;   // [windows, LOCAL + 1]
     int* combine_tokens;   // [T] tokens with two rows or more
     int* combine_offsets;  // [windows + 1] how many of them lie before each window
@@ -21,17 +19,16 @@ struct Params {
     int* idle_count;       // [1]
     int* tiles_done;       // [tiles], zeroed here for the GEMMs
     int tokens;
-    int offset;  // local_expert_offset
     int windows;
     int capacity;
     int tiles;
-    int unused;
 };
 
 constexpr int WORDS = (LOCAL + 31) / 32;
 constexpr int WARPS = 32;
 constexpr int ROWS_A_GROUP = 32 * (TOP_K < LOCAL ? TOP_K : LOCAL);
 constexpr int MAX_WINDOWS = 32;
+constexpr int FIRST_AT_ONCE = WORDS < 16 ? 16 / WORDS : 1;
 enum { IDLE = LOCAL, COMBINED = LOCAL + 1, LISTS };  // after the experts
 
 // Rows of this CTA's expert (or tokens of its list), of all lower local experts, of all local experts.
@@ -48,7 +45,7 @@ INLINE Words load_words(const Params& p, int token) {
     Words words;
 #pragma unroll
     for (int w = 0; w < WORDS; ++w) {
-        words.word[w] = token < p.tokens ? __ldcg(p.local_mask + i64(w) * p.tokens + token) : 0;
+        words.word[w] = token < p.tokens ? p.local_mask[i64(w) * p.tokens + token] : 0;
     }
     return words;
 }
@@ -72,11 +69,13 @@ INLINE Count sum_lanes(const Count& count) {
             int(__reduce_add_sync(ALL, u32(count.all)))};
 }
 
-// Calls visit(group, each lane's count) for a run of groups; several groups' words are asked for at once.
-template <class Visit>
+// Calls visit(group, each lane's count) for a run of groups; AT_ONCE groups' words are asked for at once. The first
+// time they come from the L2, then from the L1. Only what must wait is unrolled: the program comes cold from memory,
+// too.
+template <int AT_ONCE, class Visit>
 INLINE void for_groups(const Params& p, int begin, int end, int expert, Visit visit) {
-    constexpr int AT_ONCE = WORDS > 4 ? 1 : 4;
     const int lane = threadIdx.x & 31;
+#pragma unroll 1
     for (int start = begin; start < end; start += AT_ONCE) {
         Words words[AT_ONCE];
 #pragma unroll
@@ -107,18 +106,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) place_kernel(const _
         p.tiles_done[at] = 0;
 
     Count mine, skipped;
-    for_groups(p, begin, end, expert, [&](int group, const Count& count) {
+    for_groups<FIRST_AT_ONCE>(p, begin, end, expert, [&](int group, const Count& count) {
         mine.add(count);
         if (group < part_begin) skipped.add(count);
     });
     mine = sum_lanes(mine);
     if (lane == 0) warp_sums[warp] = mine;
     __syncthreads();
-    Count before, total;  // rows of earlier warps' tokens, of all tokens
-    for (int w = 0; w < WARPS; ++w) {
-        if (w < warp) before.add(warp_sums[w]);
-        total.add(warp_sums[w]);
-    }
+    static_assert(WARPS <= 32, "a lane for each warp's sums");
+    const Count of_lane = lane < WARPS ? warp_sums[lane] : Count{};
+    // Rows of earlier warps' tokens, of all tokens.
+    const Count before = sum_lanes(lane < warp ? of_lane : Count{}), total = sum_lanes(of_lane);
     if (threadIdx.x <= p.windows) bounds[threadIdx.x] = threadIdx.x == 0 ? Count{} : total;
     __syncthreads();
 
@@ -131,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) place_kernel(const _
             const Count previous = count_words(load_words(p, begin * 32 - 32 + lane), true, expert);
             last = window_of(before.all - sum_lanes(previous).all);
         }
-        for_groups(p, begin, end, expert, [&](int, const Count& count) {
+        for_groups<1>(p, begin, end, expert, [&](int, const Count& count) {
             const int window = window_of(running.all);
             if (window != last && lane == 0) bounds[window] = running;
             last = window;
@@ -140,30 +138,29 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) place_kernel(const _
     }
     __syncthreads();
 
-    Count running = before;
-    running.add(sum_lanes(skipped));
-    for_groups(p, part_begin, part_end, expert, [&](int group, const Count& count) {
-        const int token = group * 32 + lane, window = window_of(running.all);
+    int own_before = before.own + int(__reduce_add_sync(ALL, u32(skipped.own)));
+    int all_before = before.all + int(__reduce_add_sync(ALL, u32(skipped.all)));
+    int window = window_of(all_before);
+    for_groups<1>(p, part_begin, part_end, expert, [&](int group, const Count& count) {
+        const int token = group * 32 + lane;
+        if (p.windows > 1) {
+            if (all_before >= (window + 1) * slack) ++window;  // no group has more
+            all_before += int(__reduce_add_sync(ALL, u32(count.all)));
+        }
         const u32 owners = __ballot_sync(ALL, count.own);
-        const int rank = running.own + __popc(owners & ((1u << lane) - 1));
+        const int rank = own_before + __popc(owners & ((1u << lane) - 1));
+        own_before += __popc(owners);
         if (count.own && expert == IDLE) p.idle_tokens[rank] = token;
         if (count.own && expert == COMBINED) p.combine_tokens[rank] = token;
         if (count.own && expert < LOCAL) {
             const int row = bounds[window + 1].below - bounds[window].below + rank - bounds[window].own;
             p.permuted_idx_to_token_idx[i64(window) * p.capacity + row] = token;
-            float weight = 0.0f;
-#pragma unroll
-            for (int k = 0; k < TOP_K; ++k) {
-                const i64 at = i64(token) * TOP_K + k;
-                const float candidate = __ldg(p.topk_weights + at);
-                weight = __ldg(p.topk_ids + at) == expert + p.offset ? candidate : weight;
-            }
-            p.token_rows[i64(token) * TOP_K + count.below] = row;
-            p.token_weights[i64(token) * TOP_K + count.below] = weight;
-            p.row_targets[i64(window) * p.capacity + row] =
-                make_int2(count.all == 1 ? token : -1, __float_as_int(weight));
+            const i64 at = i64(token) * TOP_K + count.below;
+            p.token_rows[at] = row;
+            int2 target = make_int2(-1, 0);
+            if (count.all == 1) target = make_int2(token, __float_as_int(__ldcg(p.token_weights + at)));
+            p.row_targets[i64(window) * p.capacity + row] = target;
         }
-        running.add(sum_lanes(count));
     });
     if (slice > 0) return;
     if (threadIdx.x < p.windows && expert < LOCAL) {

@@ -1,13 +1,15 @@
 // Route: choose TOP_K experts a token, one warp a token. The first CTAs bring the tokens' scales into another order.
 #include "choose_kept.cuh"
+#include "keys.cuh"
 #include "token_scales.cuh"
 
 struct Params {
     const float* routing_logits;       // [T, EXPERTS]
     const u16* routing_bias;           // [EXPERTS] bf16
-    int* topk_ids;                     // [T, TOP_K]
-    float* topk_weights;               // [T, TOP_K]
+    int* topk_ids;                     // [T, TOP_K], best first, local or not; null: not wanted
+    float* topk_weights;               // [T, TOP_K] beside them
     int* token_rows;                   // [T, TOP_K], filled with -1 here
+    float* token_weights;              // [T, TOP_K] those of the local experts, ascending; what is left is not written
     const float* hidden_states_scale;  // [H/128, stride]
     float* token_scales;               // [T, scale_columns]
     u32* local_mask;                   // [WORDS, T]: bit l % 32 of word l / 32 is set where local expert l was chosen
@@ -36,27 +38,25 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) route_kernel(const __gr
     const int token = (blockIdx.x - p.scale_ctas) * WARPS + warp;
     if (token >= p.tokens) return;
     const float* logits = p.routing_logits + i64(token) * EXPERTS;
+    float logit[PER_LANE], bias[PER_LANE];
+    load_experts(logits, p.routing_bias, lane, logit, bias);
     u32 key[PER_LANE];
-#pragma unroll
-    for (int j = 0; j < PER_LANE; ++j) {
-        const int expert = lane * PER_LANE + j;
-        key[j] = expert < EXPERTS
-                     ? key_of(sigmoid(__ldg(logits + expert)) + bf16_to_float(__ldg(p.routing_bias + expert)))
-                     : 0;
-    }
+    keys_of(logit, bias, lane, key);
     const int id = choose_for_many(key, lane);
-    const float weight = weight_of(lane < TOP_K ? sigmoid(__ldg(logits + id)) : 0.0f, p.factor);
+    const float weight = weight_of(lane < TOP_K ? any_sigmoid(__ldg(logits + id)) : 0.0f, p.factor);
     if (lane < TOP_K) {
         const i64 at = i64(token) * TOP_K + lane;
-        p.topk_ids[at] = id;
-        p.topk_weights[at] = weight;
         p.token_rows[at] = -1;
+        if (p.topk_ids) p.topk_ids[at] = id, p.topk_weights[at] = weight;
     }
     const int local = lane < TOP_K ? id - p.offset : -1;
+    int lower = 0;  // the token's lower local experts
 #pragma unroll
     for (int w = 0; w < WORDS; ++w) {
         const bool here = local >= w * 32 && local < min(w * 32 + 32, LOCAL);
         const u32 word = __reduce_or_sync(ALL, here ? 1u << (local & 31) : 0u);
         if (lane == 0) p.local_mask[i64(w) * p.tokens + token] = word;
+        lower += __popc(local >= w * 32 + 32 ? word : here ? word & ((1u << (local & 31)) - 1) : 0u);
     }
+    if (local >= 0 && local < LOCAL) p.token_weights[i64(token) * TOP_K + lower] = weight;
 }
