@@ -89,6 +89,7 @@ BROKEN = {
     "shares overlap": instead(
         "return int(u32(s) * u32(all) / gridDim.x);", "return s ? int(s * all / gridDim.x) - 1 : 0;"
     ),
+    "gemm1's tiles are dealt otherwise than loaded": instead("tile == share; tile += shares", "tile == share; ++tile"),
     "gate and up swapped": instead("up * silu(gate)", "gate * silu(up)"),
 }
 

@@ -20,10 +20,7 @@ TOKENS = 8
 COUNTERS = 4
 THREADS = 384
 SHARED_BYTES = 227 * 1024
-EVICT_FIRST_HITS = 3
-"""Up to so many hit experts, weights are read with the L2's evict-first policy (docs/h100.md)."""
-
-UNDER_WAY = 5
+UNDER_WAY = 4
 """Slots of the ring that are asked for and have not come, at most: whatever else is asked for queues behind them."""
 
 LAYOUT = struct.Struct("11P2ifi")
@@ -39,7 +36,7 @@ def ring(hidden: int, inter: int, local: int, top_k: int) -> tuple[int, int]:
     """(slots, bytes of one): as many as shared memory holds beside what the kernel keeps there itself."""
     slot = max(2 * (hidden + 64), 8 * (inter + 64))
     own = (
-        512 + 8 * 1024 + 4 * mask_words(local) + rows_kept(top_k, local) * (8 + 4 * TOKENS) + hidden // 128 * 4 * TOKENS
+        512 + 8 * 1024 + 36 * mask_words(local) + rows_kept(top_k, local) * (8 + 4 * TOKENS) + hidden // 128 * 4 * TOKENS
     )
     return min(24, (SHARED_BYTES - own) // slot), slot
 
@@ -73,7 +70,6 @@ def defines(
         ("INTER", inter),
         ("STAGES", ring(hidden, inter, local, top_k)[0]),
         ("ITEMS", -(-hidden // 8 // sm_count)),
-        ("EVICT_FIRST_HITS", EVICT_FIRST_HITS),
         ("UNDER_WAY", UNDER_WAY),
     )
 

@@ -85,9 +85,9 @@ INLINE void store_swiglu(const Params& p, const Shared& s, const float (&partial
 }
 
 // The share's values of an earlier call go, so that nobody takes one for this call's: everybody waits until all have.
-INLINE void blank_share1(const Params& p, const Shared& s, int begin, int end, int warp, int lane) {
+INLINE void blank_share1(const Params& p, const Shared& s, int share, int warp, int lane) {
 #pragma unroll 1
-    for (int tile = begin + warp; tile < end; tile += MATH_WARPS) {
+    for (int tile = share + warp * gridDim.x; tile < s.hits * TILES; tile += MATH_WARPS * gridDim.x) {
         float* to = swiglu_at(p, s, tile, lane);
         if (to) store_relaxed(to, __uint_as_float(UNWRITTEN));
     }
@@ -95,25 +95,26 @@ INLINE void blank_share1(const Params& p, const Shared& s, int begin, int end, i
     if (threadIdx.x == 0) add_release(p.counters + BLANKED, 1);
 }
 
-// gemm1 of one share; n counts the ring's slots.
+// gemm1 of one share: tiles `share`, and every gridDim.x-th from there on; n counts the ring's slots.
 INLINE void multiply_share1(const Params& p, Shared& s, const Ring& ring, const Activations& x, int share, int& n,
                             int warp, int lane) {
-    const int begin = share_begin(share, s.hits * TILES), end = share_begin(share + 1, s.hits * TILES);
-    float scales = gemm1_scale(p, s, begin, end, warp, lane);
-    blank_share1(p, s, begin, end, warp, lane);
-    for (int tile = begin; tile < end; ++tile, n += TILE_SLOTS) {
-        const float next = gemm1_scale(p, s, tile + 1, end, warp, lane);
+    const int step = gridDim.x, end = s.hits * TILES;
+    float scales = gemm1_scale(p, s, share, end, warp, lane);
+    blank_share1(p, s, share, warp, lane);
+    int count = 0;
+    for (int tile = share; tile < end; tile += step, ++count, n += TILE_SLOTS) {
+        const float next = gemm1_scale(p, s, tile + step, end, warp, lane);
 #pragma unroll 1
         for (int i = 0; i < TILE_SLOTS; ++i) ring.await_full(n + i);
         float sum[2] = {};
         multiply_gemm1(sum, s, x, ring, n, scales, warp, lane);
         ring.release(n, TILE_SLOTS, lane);
         scales = next;
-        auto& partial = s.partial[tile & 1];
+        auto& partial = s.partial[count & 1];
 #pragma unroll
         for (int i = 0; i < 2; ++i) partial[warp][32 * i + lane] = sum[i];
         math_sync();  // the other buffer's readers have come here too, so it is free
-        if (warp == (tile & 7)) store_swiglu(p, s, partial, tile, lane);
+        if (warp == (count & 7)) store_swiglu(p, s, partial, tile, lane);
     }
     math_sync();  // the last buffer is free
 }

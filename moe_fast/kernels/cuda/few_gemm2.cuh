@@ -147,12 +147,15 @@ INLINE void multiply_share2(const Params& p, Shared& s, const Ring& ring, int sh
         }
         scales = next;
     }
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < PAIRS; ++i) {  // the warps' parts, summed in order
         auto& partial = s.partial[i & 1];
 #pragma unroll
-        for (int t = 0; t < 4; ++t)
-            partial[warp][64 * (t >> 1) + 16 * (lane & 3) + 8 * (t & 1) + (lane >> 2)] = acc[i][t];
+        for (int t = 0; t < 4; ++t) {
+            partial[warp][64 * (t >> 1) + 16 * (lane & 3) + 8 * (t & 1) + (lane >> 2)] = acc[0][t];
+#pragma unroll
+            for (int j = 0; j + 1 < PAIRS; ++j) acc[j][t] = acc[j + 1][t];
+        }
         math_sync();
         const int tile = begin + 2 * i + int(threadIdx.x >> 6), token = threadIdx.x >> 3 & 7;
         if (threadIdx.x < 128 && tile < end && token < p.tokens) {

@@ -57,9 +57,10 @@ struct Shared {
     int next;      // the share that was drawn last
     int first[2];  // of gemm1, of gemm2
     int hits;
-    u32 local_mask[WORDS];
-    int expert[MAX_HITS];     // local id
-    u32 chosen_by[MAX_HITS];  // a bit for each token
+    u32 chosen[MATH_WARPS][WORDS];  // local experts, by the warp that chose them
+    u32 local_mask[WORDS];          // those that any token chose
+    int expert[MAX_HITS];           // local id
+    u32 chosen_by[MAX_HITS];        // a bit for each token
     alignas(8) float weight[MAX_HITS][TOKENS];
     alignas(8) float x_scale[HIDDEN_BLOCKS][TOKENS];  // of the tokens' blocks; 0 where there is no token
     float partial[2][MATH_WARPS][128];
@@ -113,5 +114,5 @@ INLINE bool has_block1(int warp, int b) {
     return PART1 * MATH_WARPS == HIDDEN_BLOCKS || warp * PART1 + b < HIDDEN_BLOCKS;
 }
 
-// Share s of `all` things among the grid's CTAs.
+// Share s of `all` neighbouring things among the grid's CTAs.
 INLINE int share_begin(int s, int all) { return int(u32(s) * u32(all) / gridDim.x); }

@@ -57,16 +57,15 @@ INLINE int show_drawn(Shared& s, int next, int& draws, int lane) {
 }
 
 INLINE void load_everything(const Params& p, Shared& s, const Ring& ring, int lane) {
-    const u64 policy = s.hits <= EVICT_FIRST_HITS ? evict_first_policy() : evict_normal_policy();
+    const u64 policy = evict_first_policy();  // read once
     const int shares = gridDim.x;
     int n = 0, draws = 0;
     for (int share = s.first[0]; share < shares;) {
-        const int begin = share_begin(share, s.hits * TILES), end = share_begin(share + 1, s.hits * TILES);
         int next = 0;
 #pragma unroll 1
-        for (int tile = begin; tile < end || tile == begin; ++tile) {
-            if (tile < end) load_gemm1_tile(p, s, ring, tile, n, lane, policy);
-            if (tile == begin) next = draw(p, DRAWN_GEMM1, lane);  // behind it: the compiler makes the warp wait for it
+        for (int tile = share; tile < s.hits * TILES || tile == share; tile += shares) {
+            if (tile < s.hits * TILES) load_gemm1_tile(p, s, ring, tile, n, lane, policy);
+            if (tile == share) next = draw(p, DRAWN_GEMM1, lane);  // behind it: the compiler makes the warp wait for it
         }
         share = show_drawn(s, next, draws, lane);
     }

@@ -31,8 +31,8 @@ INLINE void score_all(const Params& p, Scores& of) {
     }
 }
 
-// Lane k < TOP_K gets the local id of the token's k-th choice, or -1, and its weight.
-INLINE void choose_experts(const Params& p, const Scores& of, int token, int lane, int& local, float& weight) {
+// Lane k < TOP_K gets the local id of the token's k-th choice, or -1, and its score; other lanes -1 and 0.
+INLINE void choose_experts(const Params& p, const Scores& of, int token, int lane, int& local, float& score) {
     u32 key[PER_LANE];
 #pragma unroll
     for (int j = 0; j < PER_LANE; ++j) {
@@ -40,13 +40,28 @@ INLINE void choose_experts(const Params& p, const Scores& of, int token, int lan
         key[j] = expert < EXPERTS ? of.key[token * EXPERTS + expert] : 0;
     }
     const int id = choose<1>(key, lane);
-    weight = weight_of(lane < TOP_K ? of.score[token * EXPERTS + id] : 0.0f, p.factor);
+    score = lane < TOP_K ? of.score[token * EXPERTS + id] : 0.0f;
     local = lane < TOP_K ? id - p.offset : -1;
     if (local < 0 || local >= LOCAL) local = -1;
 }
 
+// Each lane has a local expert, or -1.
+INLINE void note_choices(Shared& s, int local, int warp, int lane) {
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w) {
+        const u32 word = __reduce_or_sync(ALL, local >= 0 && local / 32 == w ? 1u << local % 32 : 0u);
+        if (lane == 0) s.chosen[warp][w] = word;
+    }
+}
+
 // By one warp.
 INLINE void list_hits(Shared& s, int lane) {
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w) {
+        const u32 word = __reduce_or_sync(ALL, lane < MATH_WARPS ? s.chosen[lane][w] : 0u);
+        if (lane == 0) s.local_mask[w] = word;
+    }
+    __syncwarp();
 #pragma unroll 1
     for (int local = lane; local < LOCAL; local += 32) {
         int before = 0;

@@ -3,9 +3,9 @@
 //
 // Every CTA routes all tokens itself. Then a warp streams weights into a ring of slots in shared memory, without regard
 // to what has been computed, and eight warps multiply: gemm1 in tiles of 4 columns of swiglu_out (8 rows of weights),
-// shared out among the CTAs; then, as gemm1's values come, gemm2, where a CTA has some columns of the output for
-// every expert, so that it sums the experts itself. While the CTAs wait for one another the ring fills with gemm2's
-// weights.
+// dealt to the CTAs in turn, so that all of them are at the same expert; then, as gemm1's values come, gemm2, where a
+// CTA has some columns of the output for every expert, so that it sums the experts itself. The first expert's values
+// are long there by then, and the last one's come while the others are multiplied.
 //
 // Tokens are the 8 columns of mma.m16n8k16, for every expert all of them; a token counts where it chose the expert.
 // Shares of work are drawn, not assigned: only a CTA that runs holds any, so the wait for gemm1's values ends whatever
@@ -14,6 +14,20 @@
 #include "few_gemm2.cuh"
 #include "few_load.cuh"
 #include "few_route.cuh"
+
+// By one thread.
+INLINE void init_barriers(Shared& s, const Ring& ring) {
+#pragma unroll 1
+    for (int i = 0; i < STAGES; ++i) {
+        barrier_init(ring.full + 8 * i, 1);
+        barrier_init(ring.empty + 8 * i, MATH_WARPS * ARRIVING_LANES);
+    }
+    barrier_init(shared_address(&s.drawn), 1);
+    barrier_init(shared_address(&s.taken), MATH_WARPS);
+    barrier_init(ring.tokens_full, 1);
+    barrier_init(ring.tokens_empty, MATH_WARPS * ARRIVING_LANES);
+    barrier_init_fence();
+}
 
 // The share that was drawn after the draws'th one.
 INLINE int see_drawn(Shared& s, int& draws, int lane) {
@@ -61,36 +75,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few_tokens_kernel(const
     __shared__ Shared s;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const Ring ring(slots, s);
-    if (threadIdx.x < STAGES) {
-        barrier_init(ring.full + 8 * threadIdx.x, 1);
-        barrier_init(ring.empty + 8 * threadIdx.x, MATH_WARPS * ARRIVING_LANES);
-    }
-    if (threadIdx.x < WORDS) s.local_mask[threadIdx.x] = 0;
-    if (threadIdx.x < MAX_HITS) s.chosen_by[threadIdx.x] = 0;
-    if (threadIdx.x == 0) {
-        barrier_init(shared_address(&s.drawn), 1);
-        barrier_init(shared_address(&s.taken), MATH_WARPS);
-        barrier_init(ring.tokens_full, 1);
-        barrier_init(ring.tokens_empty, MATH_WARPS * ARRIVING_LANES);
-    }
-    barrier_init_fence();
     int local = -1;
-    float weight = 0.0f;
+    float score = 0.0f;
+    // The math warps begin with the scores: everything else waits for those.
     if (warp == MATH_WARPS) {
+        if (lane == 0) init_barriers(s, ring);
         if (lane < 2) s.first[lane] = atomicAdd(p.counters + (lane ? DRAWN_GEMM2 : DRAWN_GEMM1), 1);
         named_barrier_sync(SCORED, MATH_AND_ONE);
         load_tokens(p, ring, lane);  // behind the logits, before the weights: what is asked for queues
     } else if (warp > MATH_WARPS) {
-        load_x_scale(p, s, threadIdx.x - 32 * (MATH_WARPS + 1), THREADS - 32 * (MATH_WARPS + 1));
+        const int first = threadIdx.x - 32 * (MATH_WARPS + 1), threads = THREADS - 32 * (MATH_WARPS + 1);
+        for (int i = first; i < MAX_HITS; i += threads) s.chosen_by[i] = 0;
+        load_x_scale(p, s, first, threads);
     } else {
         Scores& scores = *reinterpret_cast<Scores*>(slots);
         score_all(p, scores);
         named_barrier_sync(SCORED, MATH_AND_ONE);
-        if (warp < p.tokens) choose_experts(p, scores, warp, lane, local, weight);
+        if (warp < p.tokens) choose_experts(p, scores, warp, lane, local, score);
+        note_choices(s, local, warp, lane);
         async_proxy_fence();  // the ring's copies come after the scores
     }
-    __syncthreads();
-    if (local >= 0) atomicOr(&s.local_mask[local / 32], 1u << local % 32);
     __syncthreads();
     if (warp >= MATH_WARPS) {
         registers_down<40>();
@@ -106,6 +110,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few_tokens_kernel(const
     }
     registers_up<224>();
     named_barrier_sync(HITS_LISTED, MATH_AND_ONE);
+    const float weight = weight_of(score, p.factor);
     if (local >= 0) {
         const int hit = hit_of(s, local);
         s.weight[hit][warp] = weight;
