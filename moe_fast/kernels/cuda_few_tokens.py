@@ -36,7 +36,11 @@ def ring(hidden: int, inter: int, local: int, top_k: int) -> tuple[int, int]:
     """(slots, bytes of one): as many as shared memory holds beside what the kernel keeps there itself."""
     slot = max(2 * (hidden + 64), 8 * (inter + 64))
     own = (
-        512 + 8 * 1024 + 36 * mask_words(local) + rows_kept(top_k, local) * (8 + 4 * TOKENS) + hidden // 128 * 4 * TOKENS
+        512
+        + 8 * 1024
+        + 36 * mask_words(local)
+        + rows_kept(top_k, local) * (8 + 4 * TOKENS)
+        + hidden // 128 * 4 * TOKENS
     )
     return min(24, (SHARED_BYTES - own) // slot), slot
 

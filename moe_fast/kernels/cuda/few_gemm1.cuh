@@ -24,13 +24,23 @@ struct Activations {
     }
 };
 
-// By threads first.. of `threads`.
-INLINE void load_x_scale(const Params& p, Shared& s, int first, int threads) {
-#pragma unroll 1
-    for (int i = first; i < HIDDEN_BLOCKS * TOKENS; i += threads) {
-        const int block = i / TOKENS, token = i % TOKENS;
-        s.x_scale[block][token] =
-            token < p.tokens ? __ldg(p.hidden_states_scale + i64(block) * p.scale_stride + token) : 0.0f;
+// By SCALE_THREADS threads, this one being the first-th. All of a thread's are asked for at once: everybody waits for
+// them.
+constexpr int SCALE_THREADS = THREADS - 32 * (MATH_WARPS + 1);
+INLINE void load_x_scale(const Params& p, Shared& s, int first) {
+    constexpr int COUNT = (HIDDEN_BLOCKS * TOKENS + SCALE_THREADS - 1) / SCALE_THREADS;
+    float scale[COUNT];
+#pragma unroll
+    for (int j = 0; j < COUNT; ++j) {
+        const int i = first + j * SCALE_THREADS, block = i / TOKENS, token = i % TOKENS;
+        scale[j] = block < HIDDEN_BLOCKS && token < p.tokens
+                       ? __ldg(p.hidden_states_scale + i64(block) * p.scale_stride + token)
+                       : 0.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < COUNT; ++j) {
+        const int i = first + j * SCALE_THREADS;
+        if (i < HIDDEN_BLOCKS * TOKENS) s.x_scale[i / TOKENS][i % TOKENS] = scale[j];
     }
 }
 

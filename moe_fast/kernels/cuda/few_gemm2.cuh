@@ -148,21 +148,25 @@ INLINE void multiply_share2(const Params& p, Shared& s, const Ring& ring, int sh
         scales = next;
     }
 #pragma unroll 1
-    for (int i = 0; i < PAIRS; ++i) {  // the warps' parts, summed in order
-        auto& partial = s.partial[i & 1];
+    for (int i = 0; i < PAIRS; i += 2) {  // the warps' parts, summed in order, two pairs of tiles at a time
+        if (i > 0) math_sync();
 #pragma unroll
-        for (int t = 0; t < 4; ++t) {
-            partial[warp][64 * (t >> 1) + 16 * (lane & 3) + 8 * (t & 1) + (lane >> 2)] = acc[0][t];
+        for (int u = 0; u < 2; ++u) {
 #pragma unroll
-            for (int j = 0; j + 1 < PAIRS; ++j) acc[j][t] = acc[j + 1][t];
+            for (int t = 0; t < 4; ++t) {
+                s.partial[u][warp][64 * (t >> 1) + 16 * (lane & 3) + 8 * (t & 1) + (lane >> 2)] = acc[0][t];
+#pragma unroll
+                for (int j = 0; j + 1 < PAIRS; ++j) acc[j][t] = acc[j + 1][t];
+            }
         }
         math_sync();
-        const int tile = begin + 2 * i + int(threadIdx.x >> 6), token = threadIdx.x >> 3 & 7;
-        if (threadIdx.x < 128 && tile < end && token < p.tokens) {
+        const int u = threadIdx.x >> 7, at = threadIdx.x & 127;
+        const int tile = begin + 2 * (i + u) + (at >> 6), token = at >> 3 & 7;
+        if (i + u < PAIRS && tile < end && token < p.tokens) {
             float sum = 0.0f;
 #pragma unroll
-            for (int w = 0; w < MATH_WARPS; ++w) sum += partial[w][threadIdx.x];
-            p.output[i64(token) * HIDDEN + tile * 8 + (threadIdx.x & 7)] = u16(pack_bf16(sum, 0.0f));
+            for (int w = 0; w < MATH_WARPS; ++w) sum += s.partial[u][w][at];
+            p.output[i64(token) * HIDDEN + tile * 8 + (at & 7)] = u16(pack_bf16(sum, 0.0f));
         }
     }
     math_sync();

@@ -10,8 +10,9 @@ struct Scores {
 };
 static_assert(sizeof(Scores) <= TOKENS_SLOT * SLOT, "the scores must fit beside the tokens");
 
-// An expert a thread. All tokens' logits are asked for at once; the rest is a loop, for instructions come cold from
-// memory, too, and a short program is fetched sooner.
+// An expert a thread. All tokens' logits are asked for at once; the rest is a loop over pairs of tokens, for
+// instructions come cold from memory, too, and a short program is fetched sooner. Of an odd number the last pair has
+// one too many.
 INLINE void score_all(const Params& p, Scores& of) {
 #pragma unroll 1
     for (int expert = threadIdx.x; expert < EXPERTS; expert += 32 * MATH_WARPS) {
@@ -21,12 +22,17 @@ INLINE void score_all(const Params& p, Scores& of) {
             logit[t] = t < p.tokens ? __ldg(p.routing_logits + t * EXPERTS + expert) : 0.0f;
         const float bias = bf16_to_float(__ldg(p.routing_bias + expert));
 #pragma unroll 1
-        for (int t = 0; t < p.tokens; ++t) {
-            const float score = sigmoid(logit[0]);
-            of.score[t * EXPERTS + expert] = score;
-            of.key[t * EXPERTS + expert] = key_of(score + bias);
+        for (int t = 0; t < p.tokens; t += 2) {
+            bool usual = true;
+            float score[2] = {usual_sigmoid(logit[0], usual), usual_sigmoid(logit[1], usual)};
+            if (!usual) score[0] = sigmoid(logit[0]), score[1] = sigmoid(logit[1]);
 #pragma unroll
-            for (int j = 0; j + 1 < TOKENS; ++j) logit[j] = logit[j + 1];
+            for (int i = 0; i < 2; ++i) {
+                of.score[(t + i) * EXPERTS + expert] = score[i];
+                of.key[(t + i) * EXPERTS + expert] = key_of(score[i] + bias);
+            }
+#pragma unroll
+            for (int j = 0; j + 2 < TOKENS; ++j) logit[j] = logit[j + 2];
         }
     }
 }

@@ -84,9 +84,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few_tokens_kernel(const
         named_barrier_sync(SCORED, MATH_AND_ONE);
         load_tokens(p, ring, lane);  // behind the logits, before the weights: what is asked for queues
     } else if (warp > MATH_WARPS) {
-        const int first = threadIdx.x - 32 * (MATH_WARPS + 1), threads = THREADS - 32 * (MATH_WARPS + 1);
-        for (int i = first; i < MAX_HITS; i += threads) s.chosen_by[i] = 0;
-        load_x_scale(p, s, first, threads);
+        const int first = threadIdx.x - (THREADS - SCALE_THREADS);
+        for (int i = first; i < MAX_HITS; i += SCALE_THREADS) s.chosen_by[i] = 0;
+        load_x_scale(p, s, first);
     } else {
         Scores& scores = *reinterpret_cast<Scores*>(slots);
         score_all(p, scores);
