@@ -144,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) place_kernel(const _
     for_groups<1>(p, part_begin, part_end, expert, [&](int group, const Count& count) {
         const int token = group * 32 + lane;
         if (p.windows > 1) {
-            if (all_before >= (window + 1) * slack) ++window;  // no group has more
+            if (all_before >= (window + 1) * slack) ++window;  // no group has more rows than slack
             all_before += int(__reduce_add_sync(ALL, u32(count.all)));
         }
         const u32 owners = __ballot_sync(ALL, count.own);
