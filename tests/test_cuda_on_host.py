@@ -25,6 +25,7 @@ RUNS = [  # problem, CTAs, slots of the ring (None: as on the card)
     ("small_kimi-t8-o6-iid-published-s0", 2, 9),
     ("small-t7-o8-no_local_work-model_like-s0", 3, 9),
     ("small-t8-o8-one_expert-outlier-s0", 1, 9),
+    ("small-t7-o8-underflow-published-s0", 3, 9),  # sigmoids out of the ordinary
 ]
 
 
@@ -97,6 +98,17 @@ BROKEN = {
 @pytest.mark.parametrize("what", list(BROKEN))
 def test_a_broken_kernel_is_seen(what: str, tmp_path: Path) -> None:
     assert seen("small-t8-o8-iid-published-s0", 3, 9, BROKEN[what], tmp_path), f"{what}: not seen in four schedules"
+
+
+def test_a_sigmoid_out_of_the_ordinary_is_computed_anew(tmp_path: Path) -> None:
+    as_usual = without("            if (!usual) score[0] = sigmoid(logit[0]), score[1] = sigmoid(logit[1]);\n")
+    inputs = make_inputs(Problem.parse("small-t7-o8-iid-published-s0"))
+    inputs.routing_logits[:, 9] = -120.0  # a local expert that no token may choose: its sigmoid is 0
+    want, errors = twin(inputs), []
+    for change in (str, as_usual):
+        errors.append(error(OnHost(tmp_path / change.__name__, inputs, 3, 9, change)(inputs, 0)[1], want))
+    assert errors[0] < 2**-7
+    assert not errors[1] < 2**-7
 
 
 def test_a_cta_that_is_late_with_blanking_is_waited_for(tmp_path: Path) -> None:

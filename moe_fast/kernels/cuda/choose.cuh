@@ -42,6 +42,7 @@ INLINE float usual_sigmoid(float x, bool& usual) {
     return fmaf(estimate, fmaf(-divisor, estimate, 1.0f), estimate);
 }
 
+// The bits of `sigmoid` for any x, by way of usual_sigmoid where that holds.
 INLINE float any_sigmoid(float x) {
     bool usual = true;
     const float score = usual_sigmoid(x, usual);

@@ -24,8 +24,8 @@ struct Activations {
     }
 };
 
-// By SCALE_THREADS threads, this one being the first-th. All of a thread's are asked for at once: everybody waits for
-// them.
+// By SCALE_THREADS threads, of which this is number `first`. All of a thread's are asked for at once: everybody waits
+// for them.
 constexpr int SCALE_THREADS = THREADS - 32 * (MATH_WARPS + 1);
 INLINE void load_x_scale(const Params& p, Shared& s, int first) {
     constexpr int COUNT = (HIDDEN_BLOCKS * TOKENS + SCALE_THREADS - 1) / SCALE_THREADS;
