@@ -20,8 +20,9 @@ TOKENS = 8
 COUNTERS = 4
 THREADS = 384
 SHARED_BYTES = 227 * 1024
-UNDER_WAY = 4
-"""Slots of the ring that are asked for and have not come, at most: whatever else is asked for queues behind them."""
+UNDER_WAY = 3
+"""Slots of the ring that are asked for and have not come, at most: whatever else is asked for queues behind them. Two
+do not fill the memory's pipe; with four the H200's is slower, and by another amount in every call (docs/h200.md)."""
 
 LAYOUT = struct.Struct("11P2ifi")
 """Params of few_tokens.cu: eleven pointers, tokens, offset, factor, scale_stride."""
@@ -34,7 +35,7 @@ def rows_kept(top_k: int, local: int) -> int:
 
 def ring(hidden: int, inter: int, local: int, top_k: int) -> tuple[int, int]:
     """(slots, bytes of one): as many as shared memory holds beside what the kernel keeps there itself."""
-    slot = max(2 * (hidden + 64), 8 * (inter + 64))
+    slot = max(2 * hidden, 8 * inter) + 64
     own = (
         512
         + 8 * 1024

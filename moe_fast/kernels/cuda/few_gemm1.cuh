@@ -8,7 +8,7 @@ struct Activations {
     Pairs payload[PART1][2][4];
 
     INLINE Activations(const Params& p, const Ring& ring, int warp, int lane) {
-        const u32 row = ring.token(min(lane >> 2, p.tokens - 1)) + (lane & 3) * 16 + warp * PART1 * 128;
+        const u32 row = ring.tokens() + min(lane >> 2, p.tokens - 1) * HIDDEN + (lane & 3) * 16 + warp * PART1 * 128;
         ring.await_tokens();
 #pragma unroll
         for (int b = 0; b < PART1; ++b) {
@@ -53,11 +53,15 @@ INLINE float gemm1_scale(const Params& p, const Shared& s, int tile, int end, in
                  block);
 }
 
-// sum: of tokens 2q, 2q + 1 with row g of the tile, whose slots begin with n: up's column g, or gate's column g - 4.
+// Threads g read up's columns of a tile, g and g ^ 1 from neighbouring slots; threads 4 + g gate's. And the other way.
+INLINE int column_of(int g) { return (g & 1) << 1 | (g >> 1 & 1); }
+
+// sum: of tokens 2q, 2q + 1 with thread g's row of the tile, whose slots begin with n.
 INLINE void multiply_gemm1(float (&sum)[2], const Shared& s, const Activations& x, const Ring& ring, int n,
                            float scales, int warp, int lane) {
     const int g = lane >> 2;
-    const u32 row = ring.slot(n + g / 2) + (g & 1) * ROW1 + (lane & 3) * 16 + warp * PART1 * 128;
+    const int of = column_of(g);
+    const u32 row = ring.slot(n + g / COLUMNS * 2 + of / 2) + of % 2 * HIDDEN + (lane & 3) * 16 + warp * PART1 * 128;
 #pragma unroll
     for (int b = 0; b < PART1; ++b) {
         const float row_scale = __shfl_sync(ALL, scales, g < COLUMNS ? b : 16 + b);
@@ -85,8 +89,8 @@ INLINE float* swiglu_at(const Params& p, const Shared& s, int tile, int lane) {
 
 INLINE void store_swiglu(const Params& p, const Shared& s, const float (&partial)[MATH_WARPS][128], int tile,
                          int lane) {
-    // A token's sum for a column is sum[token & 1] of thread g = column, q = token / 2; gate's g is COLUMNS further.
-    const int token = lane / COLUMNS, at = 32 * (token & 1) + 4 * (lane % COLUMNS) + token / 2;
+    // A token's sum for a column is sum[token & 1] of that column's thread, q = token / 2; gate's is COLUMNS further.
+    const int token = lane / COLUMNS, at = 32 * (token & 1) + 4 * column_of(lane % COLUMNS) + token / 2;
     float up = 0.0f, gate = 0.0f;
 #pragma unroll
     for (int w = 0; w < MATH_WARPS; ++w) up += partial[w][at], gate += partial[w][at + 4 * COLUMNS];

@@ -75,16 +75,17 @@ INLINE float gemm2_scale(const Params& p, const Shared& s, int hit, int begin, i
 }
 
 // One expert's part of two neighbouring output tiles, in slots n and n + 1 (if `both`), for tokens 2q and 2q + 1.
+// Threads of even g have the first one's columns g / 2 and 4 + g / 2, those of odd g the second one's.
 INLINE void multiply_gemm2(float (&sum)[4], const Requantized& x, const Ring& ring, int n, bool both, float scales,
                            int at, int warp, int lane) {
-    const u32 within = (lane >> 2) * ROW2 + (lane & 3) * 16 + warp * PART2 * 128;
+    const int tile = lane >> 2 & 1;
     ring.await_full(n);
     if (both) ring.await_full(n + 1);
-    const u32 first = ring.slot(n) + within, second = ring.slot(both ? n + 1 : n) + within;
+    const u32 first = ring.slot(both ? n + tile : n) + (lane >> 3) * INTER + (lane & 3) * 16 + warp * PART2 * 128;
+    const u32 second = first + 4 * INTER;
 #pragma unroll
     for (int b = 0; b < PART2; ++b) {
-        const float first_scale = __shfl_sync(ALL, scales, at + b),
-                    second_scale = __shfl_sync(ALL, scales, at + PART2 + b);
+        const float tile_scale = __shfl_sync(ALL, scales, at + tile * PART2 + b);
         if (warp * PART2 + b >= INTER_BLOCKS) continue;
         float d[4] = {};
 #pragma unroll
@@ -97,8 +98,9 @@ INLINE void multiply_gemm2(float (&sum)[4], const Requantized& x, const Ring& ri
         }
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
-            sum[t] += d[t] * (x.scale[b][t] * first_scale);
-            sum[2 + t] += d[2 + t] * (x.scale[b][t] * second_scale);
+            const float scale = x.scale[b][t] * tile_scale;
+            sum[t] += d[t] * scale;
+            sum[2 + t] += d[2 + t] * scale;
         }
     }
     ring.release(n, both ? 2 : 1, lane);
@@ -107,7 +109,7 @@ INLINE void multiply_gemm2(float (&sum)[4], const Requantized& x, const Ring& ri
 // gemm2 of one share: its columns of the output for all experts, summed.
 INLINE void multiply_share2(const Params& p, Shared& s, const Ring& ring, int share, int& n, int warp, int lane) {
     const int begin = share_begin(share, OUTPUT_TILES), end = share_begin(share + 1, OUTPUT_TILES);
-    float acc[PAIRS][4] = {};  // of two tiles: column g, tokens 2q and 2q + 1
+    float acc[PAIRS][4] = {};  // of a tile: tokens 2q and 2q + 1 of column g / 2, then of column 4 + g / 2
     float scales = gemm2_scale(p, s, 0, begin, end, warp, lane);
     Swiglu swiglu;
     bool asked = false;
@@ -154,7 +156,8 @@ INLINE void multiply_share2(const Params& p, Shared& s, const Ring& ring, int sh
         for (int u = 0; u < 2; ++u) {
 #pragma unroll
             for (int t = 0; t < 4; ++t) {
-                s.partial[u][warp][64 * (t >> 1) + 16 * (lane & 3) + 8 * (t & 1) + (lane >> 2)] = acc[0][t];
+                const int token = 2 * (lane & 3) + (t & 1), column = 4 * (t >> 1) + (lane >> 3);
+                s.partial[u][warp][64 * (lane >> 2 & 1) + 8 * token + column] = acc[0][t];
 #pragma unroll
                 for (int j = 0; j + 1 < PAIRS; ++j) acc[j][t] = acc[j + 1][t];
             }

@@ -31,12 +31,12 @@ constexpr int PART1 = (HIDDEN_BLOCKS + MATH_WARPS - 1) / MATH_WARPS;
 constexpr int PART2 = (INTER_BLOCKS + MATH_WARPS - 1) / MATH_WARPS;
 constexpr int COLUMNS = 4, TILES = INTER / COLUMNS;  // of swiglu_out, in a tile of gemm1; tiles an expert
 constexpr int OUTPUT_TILES = HIDDEN / 8, PAIRS = (ITEMS + 1) / 2;
-// A slot holds two rows of gemm1's weights, so that a tile takes four (up's, then gate's), or a tile of gemm2's. Rows
-// are 64 bytes further apart than they are long: two rows, read together, lie in different banks.
+// A slot holds two rows of gemm1's weights, so that a tile takes four (up's, then gate's), or a tile of gemm2's, as
+// they lie in memory, so that one copy fills it. Slots are half a bank's round longer: two rows, read together, come
+// from neighbouring slots, and so from different banks.
 constexpr int TILE_SLOTS = COLUMNS;
-constexpr int ROW1 = HIDDEN + 64, ROW2 = INTER + 64;
-constexpr int SLOT = 2 * ROW1 > 8 * ROW2 ? 2 * ROW1 : 8 * ROW2;
-// Until the weights come, the last slots hold the tokens, two a slot, and the first ones routing's scores.
+constexpr int SLOT = (2 * HIDDEN > 8 * INTER ? 2 * HIDDEN : 8 * INTER) + 64;
+// Until the weights come, the last slots hold the tokens, and the first ones routing's scores.
 constexpr int TOKENS_SLOT = STAGES - TOKENS / 2;
 static_assert(PART1 <= 16 && 2 * PAIRS * PART2 <= 32, "a warp's scales must fit its lanes");
 static_assert(STAGES > TILE_SLOTS, "more than one tile of gemm1");
@@ -78,14 +78,7 @@ struct Ring {
     INLINE u32 slot(int n) const { return slots + n % STAGES * SLOT; }
     INLINE u32 full_bar(int n) const { return full + n % STAGES * 8; }
     INLINE void await_full(int n) const { barrier_wait(full_bar(n), n / STAGES & 1); }
-    // Slot n has been read as often as it was filled, and of the slots before it fewer than UNDER_WAY have not come:
-    // what is asked for queues behind them.
-    INLINE void await_empty(int n) const {
-        if (n >= UNDER_WAY) await_full(n - UNDER_WAY);
-        if (n == TOKENS_SLOT) barrier_wait(tokens_empty, 0);
-        if (n >= STAGES) barrier_wait(empty + n % STAGES * 8, n / STAGES + 1 & 1);
-    }
-    INLINE u32 token(int t) const { return slot(TOKENS_SLOT) + t * ROW1; }
+    INLINE u32 tokens() const { return slots + TOKENS_SLOT * SLOT; }
     INLINE void await_tokens() const { barrier_wait(tokens_full, 0); }
     // This warp has read them.
     INLINE void release_tokens(int lane) const {

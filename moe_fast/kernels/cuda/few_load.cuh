@@ -1,83 +1,79 @@
-// Loading the tokens, then weights into the ring, by one warp.
+// Loading the tokens, then weights into the ring, by one thread.
 #pragma once
 #include "few_layout.cuh"
 
-INLINE void load_tokens(const Params& p, const Ring& ring, int lane) {
-    if (lane == 0) barrier_arrive_expect(ring.tokens_full, p.tokens * HIDDEN);
-    __syncwarp();
-    if (lane < p.tokens) {
-        const u8* from = p.hidden_states + i64(lane) * HIDDEN;
-        bulk_load(ring.token(lane), from, HIDDEN, ring.tokens_full, evict_normal_policy());
-    }
+INLINE void load_tokens(const Params& p, const Ring& ring) {
+    const u32 bytes = p.tokens * HIDDEN;
+    barrier_arrive_expect(ring.tokens_full, bytes);
+    bulk_load(ring.tokens(), p.hidden_states, bytes, ring.tokens_full, evict_normal_policy());
 }
 
-INLINE void load_gemm1_tile(const Params& p, const Shared& s, const Ring& ring, int tile, int& n, int lane,
-                            u64 policy) {
+// Fills the ring's slots one after the other. A fast card brings one in half a microsecond, so little is done for one:
+// a single copy, to a place that is counted on.
+struct Filler {
+    const Ring& ring;
+    const u64 policy = evict_first_policy();  // read once
+    int slot = 0, late = STAGES - UNDER_WAY;
+    u32 parity = 1, late_parity = 1;  // of the round before the first one, which no barrier waits for
+    bool first_round = true;
+
+    // The slot has been read as often as it was filled, and of the slots before it fewer than UNDER_WAY have not come:
+    // what is asked for queues behind them.
+    INLINE void fill(const u8* from, u32 bytes) {
+        barrier_wait(ring.full + late * 8, late_parity);
+        if (first_round && slot == TOKENS_SLOT) barrier_wait(ring.tokens_empty, 0);
+        barrier_wait(ring.empty + slot * 8, parity);
+        const u32 full = ring.full + slot * 8;
+        barrier_arrive_expect(full, bytes);
+        bulk_load(ring.slots + slot * SLOT, from, bytes, full, policy);
+        if (++slot == STAGES) slot = 0, parity ^= 1, first_round = false;
+        if (++late == STAGES) late = 0, late_parity ^= 1;
+    }
+};
+
+INLINE void load_gemm1_tile(const Params& p, const Shared& s, Filler& filler, int tile) {
     const u8* up = p.gemm1_weights + (i64(s.expert[tile / TILES]) * 2 * INTER + tile % TILES * COLUMNS) * HIDDEN;
 #pragma unroll 1
-    for (int i = 0; i < TILE_SLOTS; ++i, ++n) {
-        if (lane == 0) {
-            ring.await_empty(n);
-            barrier_arrive_expect(ring.full_bar(n), 2 * HIDDEN);
-        }
-        __syncwarp();
-        if (lane < 2) {
-            const int row = 2 * i + lane;  // of the tile: up's, then gate's
-            const u8* from = up + i64(row < COLUMNS ? row : INTER + row - COLUMNS) * HIDDEN;
-            bulk_load(ring.slot(n) + lane * ROW1, from, HIDDEN, ring.full_bar(n), policy);
-        }
+    for (int i = 0; i < TILE_SLOTS; ++i) {
+        if (i == TILE_SLOTS / 2) up += i64(INTER - COLUMNS) * HIDDEN;  // gate's
+        filler.fill(up, 2 * HIDDEN);
+        up += 2 * HIDDEN;
     }
-}
-
-INLINE void load_gemm2_tile(const Params& p, int expert, const Ring& ring, int tile, int& n, int lane, u64 policy) {
-    if (lane == 0) {
-        ring.await_empty(n);
-        barrier_arrive_expect(ring.full_bar(n), 8 * INTER);
-    }
-    __syncwarp();
-    if (lane < 8) {
-        const u8* from = p.gemm2_weights + (i64(expert) * HIDDEN + tile * 8 + lane) * INTER;
-        bulk_load(ring.slot(n) + lane * ROW2, from, INTER, ring.full_bar(n), policy);
-    }
-    ++n;
 }
 
 // The next share; asked for while one is loaded, for the answer takes microseconds while weights stream in.
-INLINE int draw(const Params& p, int which, int lane) { return lane == 0 ? atomicAdd(p.counters + which, 1) : 0; }
+INLINE int draw(const Params& p, int which) { return atomicAdd(p.counters + which, 1); }
 
 // Shows it to the math warps when they have seen the one before.
-INLINE int show_drawn(Shared& s, int next, int& draws, int lane) {
-    if (lane == 0) {
-        barrier_wait(shared_address(&s.taken), (draws & 1) ^ 1);
-        s.next = next;
-        barrier_arrive(shared_address(&s.drawn));
-    }
+INLINE int show_drawn(Shared& s, int next, int& draws) {
+    barrier_wait(shared_address(&s.taken), (draws & 1) ^ 1);
+    s.next = next;
+    barrier_arrive(shared_address(&s.drawn));
     ++draws;
-    return __shfl_sync(ALL, next, 0);
+    return next;
 }
 
-INLINE void load_everything(const Params& p, Shared& s, const Ring& ring, int lane) {
-    const u64 policy = evict_first_policy();  // read once
+INLINE void load_everything(const Params& p, Shared& s, const Ring& ring) {
     const int shares = gridDim.x;
-    int n = 0, draws = 0;
+    Filler filler{ring};
+    int draws = 0;
     for (int share = s.first[0]; share < shares;) {
         int next = 0;
 #pragma unroll 1
         for (int tile = share; tile < s.hits * TILES || tile == share; tile += shares) {
-            if (tile < s.hits * TILES) load_gemm1_tile(p, s, ring, tile, n, lane, policy);
-            if (tile == share) next = draw(p, DRAWN_GEMM1, lane);  // behind it: the compiler makes the warp wait for it
+            if (tile < s.hits * TILES) load_gemm1_tile(p, s, filler, tile);
+            if (tile == share) next = draw(p, DRAWN_GEMM1);  // behind it: the compiler may wait for it
         }
-        share = show_drawn(s, next, draws, lane);
+        share = show_drawn(s, next, draws);
     }
     for (int share = s.first[1]; share < shares;) {
-        const int next = draw(p, DRAWN_GEMM2, lane);
+        const int next = draw(p, DRAWN_GEMM2);
         const int begin = share_begin(share, OUTPUT_TILES), end = share_begin(share + 1, OUTPUT_TILES);
         for (int hit = 0; hit < s.hits; ++hit) {
+            const u8* from = p.gemm2_weights + (i64(s.expert[hit]) * HIDDEN + begin * 8) * INTER;
 #pragma unroll 1
-            for (int tile = begin; tile < end; ++tile) {
-                load_gemm2_tile(p, s.expert[hit], ring, tile, n, lane, policy);
-            }
+            for (int tile = begin; tile < end; ++tile, from += 8 * INTER) filler.fill(from, 8 * INTER);
         }
-        share = show_drawn(s, next, draws, lane);
+        share = show_drawn(s, next, draws);
     }
 }

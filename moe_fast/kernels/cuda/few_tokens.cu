@@ -1,11 +1,11 @@
 // The whole layer for at most 8 tokens in one launch, one CTA an SM, made for reading the hit experts' weights and
 // nothing else.
 //
-// Every CTA routes all tokens itself. Then a warp streams weights into a ring of slots in shared memory, without regard
-// to what has been computed, and eight warps multiply: gemm1 in tiles of 4 columns of swiglu_out (8 rows of weights),
-// dealt to the CTAs in turn, so that all of them are at the same expert; then, as gemm1's values come, gemm2, where a
-// CTA has some columns of the output for every expert, so that it sums the experts itself. The first expert's values
-// are long there by then, and the last one's come while the others are multiplied.
+// Every CTA routes all tokens itself. Then a thread streams weights into a ring of slots in shared memory, without
+// regard to what has been computed, and eight warps multiply: gemm1 in tiles of 4 columns of swiglu_out (8 rows of
+// weights), dealt to the CTAs in turn, so that all of them are at the same expert; then, as gemm1's values come, gemm2,
+// where a CTA has some columns of the output for every expert, so that it sums the experts itself. The first expert's
+// values are long there by then, and the last one's come while the others are multiplied.
 //
 // Tokens are the 8 columns of mma.m16n8k16, for every expert all of them; a token counts where it chose the expert.
 // Shares of work are drawn, not assigned: only a CTA that runs holds any, so the wait for gemm1's values ends whatever
@@ -82,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few_tokens_kernel(const
         if (lane == 0) init_barriers(s, ring);
         if (lane < 2) s.first[lane] = atomicAdd(p.counters + (lane ? DRAWN_GEMM2 : DRAWN_GEMM1), 1);
         named_barrier_sync(SCORED, MATH_AND_ONE);
-        load_tokens(p, ring, lane);  // behind the logits, before the weights: what is asked for queues
+        if (lane == 0) load_tokens(p, ring);  // behind the logits, before the weights: what is asked for queues
     } else if (warp > MATH_WARPS) {
         const int first = threadIdx.x - (THREADS - SCALE_THREADS);
         for (int i = first; i < MAX_HITS; i += SCALE_THREADS) s.chosen_by[i] = 0;
@@ -101,7 +101,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few_tokens_kernel(const
         if (warp == MATH_WARPS) {
             list_hits(s, lane);
             named_barrier_arrive(HITS_LISTED, MATH_AND_ONE);
-            load_everything(p, s, ring, lane);
+            if (lane == 0) load_everything(p, s, ring);
+            __syncwarp();
             named_barrier_arrive(ALL_DRAWN, 64);
         } else if (warp == MATH_WARPS + 1) {
             watch(p, lane);
