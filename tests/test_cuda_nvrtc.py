@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from moe_fast.kernels import cuda_combine, cuda_few_tokens, cuda_grouped_gemm, cuda_later_windows, cuda_route
+from moe_fast.kernels import (
+    cuda_combine,
+    cuda_few_tokens,
+    cuda_grouped_gemm,
+    cuda_later_windows,
+    cuda_route,
+    cuda_route_permute,
+)
 from moe_fast.kernels.cuda_build import ARCH, SOURCES, compile_nvrtc, source_text
 
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
@@ -17,6 +24,7 @@ VARIANTS = [
     ("combine.cu", cuda_combine.defines(1)),
     ("route.cu", cuda_route.route_defines(256, 8, 4, 8, 32)),
     ("place.cu", cuda_route.place_defines(8, 32)),
+    ("route_permute.cu", cuda_route_permute.defines(256, 8, 4, 8, 32)),
     ("few_tokens.cu", cuda_few_tokens.defines(256, 8, 4, 8, 32, 7168, 2048, 132)),
 ]
 

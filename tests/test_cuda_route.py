@@ -25,20 +25,12 @@ def ints(*size: int, device: str = "cpu") -> torch.Tensor:
     return torch.full(size, POISON, dtype=torch.int32, device=device)
 
 
-def run_both(
-    geometry: Geometry,
-    tokens: int,
-    offset: int,
-    limit: int,
-    seed: int,
-    twin: bool = True,
-    device: str = "cpu",
-    banned: bool = False,
-    extreme: bool = False,
-) -> dict[str, torch.Tensor]:
-    """Every output of route and place on drawn logits, a third of them rounded, with odd seeds the bias, too, so that
-    scores tie. banned: the bias of most experts is minus infinity, so that experts of groups that were not kept are
-    chosen before them. extreme: a quarter of the logits are out of the ordinary, and some of the first tokens NaN."""
+def draw_routing(
+    geometry: Geometry, tokens: int, seed: int, banned: bool = False, extreme: bool = False
+) -> tuple[torch.Generator, torch.Tensor, torch.Tensor]:
+    """A generator, and logits and bias drawn from it, a third of the logits rounded, with odd seeds the bias, too, so
+    that scores tie. banned: the bias of most experts is minus infinity, so that experts of groups that were not kept
+    are chosen before them. extreme: a quarter of the logits are out of the ordinary, some of the first tokens NaN."""
     draw = torch.Generator().manual_seed(seed)
     logits = torch.randn(tokens, geometry.num_experts, generator=draw)
     logits[: tokens // 3] = (logits[: tokens // 3] * 2).round() / 2
@@ -53,6 +45,22 @@ def run_both(
         bias = (bias * 2).round() / 2
     if banned:
         bias[torch.randperm(geometry.num_experts, generator=draw)[geometry.num_experts // 32 :]] = -torch.inf
+    return draw, logits, bias
+
+
+def run_both(
+    geometry: Geometry,
+    tokens: int,
+    offset: int,
+    limit: int,
+    seed: int,
+    twin: bool = True,
+    device: str = "cpu",
+    banned: bool = False,
+    extreme: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Every output of route and place on what `draw_routing` gives."""
+    draw, logits, bias = draw_routing(geometry, tokens, seed, banned, extreme)
     scale = torch.randn(3 + 7 * (seed % 3), tokens + 3, generator=draw).to(device)  # 3, 10 or 17 blocks
     local, top_k = geometry.num_local_experts, geometry.top_k
     windows = Windows.for_tokens(tokens, min(top_k, local), limit)

@@ -215,7 +215,7 @@ def test_the_triton_pipeline_takes_the_tables_tiling(monkeypatch: pytest.MonkeyP
     from moe_fast.pipelines import hopper_triton as pipeline
 
     taken: list[Tiling] = []
-    monkeypatch.setattr(pipeline, "_run_slice", lambda *arguments: taken.append(arguments[-2]))
+    monkeypatch.setattr(pipeline, "_run_slice", lambda *arguments: taken.append(arguments[-3]))
     monkeypatch.setattr(pipeline, "saved", lambda tokens, *sizes: {1024: ENTRIES[0], 7: ENTRIES[2]}.get(tokens))
     inputs = inputs_of(1031)
     groups = {"n_group": SMALL.n_group, "topk_group": SMALL.topk_group, "top_k": SMALL.top_k}

@@ -15,7 +15,7 @@ FEW_TOKENS = 8
 """Up to so many tokens one launch does everything, where its kernel fits the geometry."""
 
 TRITON_TOKENS = 160
-"""Up to so many tokens the Triton pipeline is the faster one (docs/h100.md)."""
+"""Up to so many tokens the Triton pipeline, with routing in CUDA C++, is the faster one (docs/h100.md)."""
 
 
 def run(
@@ -40,6 +40,7 @@ def run(
     sizes = (routing_bias.shape[0], *gemm2_weights.shape, top_k)
     tuned = saved(tokens, device, *sizes, n_group, topk_group)
     chosen = BY_NAME[tuned.pipeline] if tuned is not None else shipped(tokens, device, *sizes)
+    more = {"cuda_routing": True} if chosen is hopper_triton else {}  # CUDA C++ is at hand here
     return chosen.run(
         routing_logits,
         routing_bias,
@@ -55,6 +56,7 @@ def run(
         n_group=n_group,
         topk_group=topk_group,
         top_k=top_k,
+        **more,
     )
 
 

@@ -26,8 +26,10 @@ def run(
     n_group: int = 8,
     topk_group: int = 4,
     top_k: int = 8,
+    cuda_routing: bool = False,
 ) -> torch.Tensor:
-    """The ten inputs -> output [T, H] bfloat16, written into `out` when given. The inputs are taken as checked."""
+    """The ten inputs -> output [T, H] bfloat16, written into `out` when given. The inputs are taken as checked.
+    cuda_routing: see the pipeline; where it is True, hopper_cuda must support the geometry and the card, too."""
     from moe_fast.pipelines.hopper_triton import run as pipeline  # triton is imported only where it is used
 
     return run_on(
@@ -47,6 +49,7 @@ def run(
         n_group=n_group,
         topk_group=topk_group,
         top_k=top_k,
+        cuda_routing=cuda_routing,
     )
 
 

@@ -1,6 +1,6 @@
 """The ten-input function in Triton: route (and permute), experts (gemm1, gemm2), combine.
 
-Three launches up to 16 tokens, four up to 128, five beyond.
+Three launches up to 16 tokens, four up to 128, five beyond; with routing in CUDA C++ three up to 160.
 
 Recipe 'requant': SwiGLU's output becomes e4m3 with a float32 scale per 1x128 block; everything else is float32 until
 the final cast. Nothing synchronises with the host; grids hold for any routing, so a captured graph may be replayed
@@ -16,6 +16,7 @@ import torch
 
 from moe_fast.current import current_stream
 from moe_fast.kernels.combine import combine
+from moe_fast.kernels.cuda_route_permute import MAX_TOKENS, route_permute
 from moe_fast.kernels.experts import Tiling, experts, num_counters
 from moe_fast.kernels.permute import CHUNK, permute
 from moe_fast.kernels.routing import route
@@ -151,8 +152,10 @@ def run(
     top_k: int = 8,
     tiling: Tiling | None = None,
     tokens_at_once: int = TOKENS_AT_ONCE,
+    cuda_routing: bool = False,
 ) -> torch.Tensor:
-    """Output [T, H] bfloat16, written into `out` when given. The inputs are taken as checked."""
+    """Output [T, H] bfloat16, written into `out` when given. The inputs are taken as checked. cuda_routing: route and
+    permute by kernels.cuda_route_permute where that takes so many tokens, which needs a compiler for CUDA C++."""
     tokens, hidden = hidden_states.shape
     if out is None:
         out = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=hidden_states.device)
@@ -183,6 +186,7 @@ def run(
             topk_group,
             cut,
             workspace_for(shape, cut.tile_rows, hidden_states.device),
+            cuda_routing,
         )
     return out
 
@@ -203,40 +207,25 @@ def _run_slice(
     topk_group: int,
     cut: Tiling,
     space: Workspace,
+    cuda_routing: bool,
 ) -> None:
     tokens = hidden_states.shape[0]
     on_gpu = hidden_states.is_cuda  # the interpreter runs on CPU tensors
     topk_ids, topk_weights, local_slot, token_rows = space.first(tokens)
-    permuted = route(
-        routing_logits,
-        routing_bias,
-        topk_ids,
-        topk_weights,
-        local_slot,
-        token_rows,
-        space.expert_offsets,
-        space.tile_offsets,
-        space.permuted_idx_to_token_idx,
-        space.ticket,
-        space.counters,
-        local_expert_offset,
-        routed_scaling_factor,
-        n_group,
-        topk_group,
-        cut.tile_rows,
-        fast_exp=not on_gpu,
-        pdl=on_gpu and cut.pdl,
-    )
-    if not permuted:
-        permute(
-            local_slot,
-            token_rows,
-            space.expert_offsets,
-            space.tile_offsets,
-            space.permuted_idx_to_token_idx,
-            space.chunk_counts,
-            cut.tile_rows,
-        )
+    placed = (space.expert_offsets, space.tile_offsets, space.permuted_idx_to_token_idx)
+    rest = (local_expert_offset, routed_scaling_factor, n_group, topk_group, cut.tile_rows)
+    if cuda_routing and tokens <= MAX_TOKENS:
+        route_permute(
+            routing_logits, routing_bias, topk_ids, topk_weights, token_rows, *placed, space.ticket, space.counters,
+            *rest,
+        )  # fmt: skip
+    else:
+        permuted = route(
+            routing_logits, routing_bias, topk_ids, topk_weights, local_slot, token_rows, *placed, space.ticket,
+            space.counters, *rest, fast_exp=not on_gpu, pdl=on_gpu and cut.pdl,
+        )  # fmt: skip
+        if not permuted:
+            permute(local_slot, token_rows, *placed, space.chunk_counts, cut.tile_rows)
     experts(
         hidden_states,
         hidden_states_scale,

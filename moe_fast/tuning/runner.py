@@ -78,7 +78,7 @@ def run_of(variant: Variant) -> Callable[..., torch.Tensor]:
     """The backend's function, which asks for no tuned table."""
     if variant.pipeline == TRITON:
         run = importlib.import_module("moe_fast.pipelines.hopper_triton").run
-        return functools.partial(run, tiling=variant.tiling)
+        return functools.partial(run, tiling=variant.tiling, cuda_routing=True)  # as backends/hopper.py calls it
     run = importlib.import_module(f"moe_fast.backends.{variant.pipeline}").run
     return functools.partial(run)
 
