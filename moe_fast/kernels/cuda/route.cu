@@ -1,6 +1,5 @@
 // Route: choose TOP_K experts a token, one warp a token. The first CTAs bring the tokens' scales into another order.
-#include "choose_kept.cuh"
-#include "keys.cuh"
+#include "choose_token.cuh"
 #include "token_scales.cuh"
 
 struct Params {
@@ -37,13 +36,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) route_kernel(const __gr
     }
     const int token = (blockIdx.x - p.scale_ctas) * WARPS + warp;
     if (token >= p.tokens) return;
-    const float* logits = p.routing_logits + i64(token) * EXPERTS;
-    float logit[PER_LANE], bias[PER_LANE];
-    load_experts(logits, p.routing_bias, lane, logit, bias);
-    u32 key[PER_LANE];
-    keys_of(logit, bias, lane, key);
-    const int id = choose_for_many(key, lane);
-    const float weight = weight_of(lane < TOP_K ? any_sigmoid(__ldg(logits + id)) : 0.0f, p.factor);
+    const Choice choice = choose_for_token(p.routing_logits + i64(token) * EXPERTS, p.routing_bias, p.factor, lane);
+    const int id = choice.id;
+    const float weight = choice.weight;
     if (lane < TOP_K) {
         const i64 at = i64(token) * TOP_K + lane;
         p.token_rows[at] = -1;

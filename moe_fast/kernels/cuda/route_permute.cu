@@ -1,8 +1,7 @@
 // Route and permute at most MAX_TOKENS tokens in one launch, where reading the weights is the cost and every
 // microsecond before it shows. A warp chooses for a token; the CTA that is the last to have chosen gives every local
 // token-expert pair its row, sorted by expert, then by token.
-#include "choose_kept.cuh"
-#include "keys.cuh"
+#include "choose_token.cuh"
 
 struct Params {
     const float* routing_logits;     // [T, EXPERTS]
@@ -26,17 +25,6 @@ constexpr int WARPS = 8;
 constexpr int CTA_THREADS = WARPS * 32;
 constexpr int WORDS = (MAX_TOKENS + 31) / 32;                                  // a bit for each token
 constexpr int CHOICES = (MAX_TOKENS * TOP_K + CTA_THREADS - 1) / CTA_THREADS;  // of a thread
-
-INLINE void choose_for(const Params& p, int token, int lane) {
-    const float* logits = p.routing_logits + i64(token) * EXPERTS;
-    float logit[PER_LANE], bias[PER_LANE];
-    load_experts(logits, p.routing_bias, lane, logit, bias);
-    u32 key[PER_LANE];
-    keys_of(logit, bias, lane, key);
-    const int id = choose_for_many(key, lane);
-    const float weight = weight_of(lane < TOP_K ? any_sigmoid(__ldg(logits + id)) : 0.0f, p.factor);
-    if (lane < TOP_K) p.topk_ids[token * TOP_K + lane] = id, p.topk_weights[token * TOP_K + lane] = weight;
-}
 
 // By one warp: both offset arrays from the tokens of each expert, and the rows before each.
 INLINE void store_offsets(const Params& p, const u32 (&chosen_by)[LOCAL * WORDS], int (&rows_before)[LOCAL], int lane) {
@@ -70,7 +58,11 @@ extern "C" __global__ void __launch_bounds__(CTA_THREADS) route_permute_kernel(c
     __shared__ int is_last[1];
     let_next_kernel_start();
     const int thread = threadIdx.x, lane = thread & 31, token = blockIdx.x * WARPS + (thread >> 5);
-    if (token < p.tokens) choose_for(p, token, lane);
+    if (token < p.tokens) {
+        const Choice choice = choose_for_token(p.routing_logits + i64(token) * EXPERTS, p.routing_bias, p.factor, lane);
+        const int at = token * TOP_K + lane;
+        if (lane < TOP_K) p.topk_ids[at] = choice.id, p.topk_weights[at] = choice.weight;
+    }
     for (int i = blockIdx.x * CTA_THREADS + thread; i < p.num_counters; i += gridDim.x * CTA_THREADS) p.counters[i] = 0;
     for (int i = thread; i < LOCAL * WORDS; i += CTA_THREADS) chosen_by[i] = 0;
     __syncthreads();
