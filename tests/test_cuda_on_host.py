@@ -133,6 +133,16 @@ def test_tokens_that_come_late_are_waited_for(tmp_path: Path) -> None:
     assert seen(*RUNS[0], lambda source: no_wait(late(not_early(source))), tmp_path / "does not")
 
 
+def test_no_more_slots_are_under_way_than_there_may_be(tmp_path: Path) -> None:
+    """More give the same bytes, later: only a count of the copies shows it. The tokens' copy may be one more."""
+    copy = "        bulk_load(ring.slots + slot * SLOT, from, bytes, full, policy);\n"
+    count = '        host::check(host::now->cta->copies.size() <= UNDER_WAY + 1, "too many copies under way");\n'
+    counted = instead(copy, copy + count)
+    no_wait = without("        barrier_wait(ring.full + late * 8, late_parity);\n")
+    assert not seen(*RUNS[0], counted, tmp_path / "waits")
+    assert seen(*RUNS[0], lambda source: no_wait(counted(source)), tmp_path / "does not")
+
+
 def seen(name: str, blocks: int, slots: int | None, change: Callable[[str], str], folder: Path) -> bool:
     """Whether one of four schedules shows that the changed kernel is wrong."""
     inputs = make_inputs(Problem.parse(name))
