@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 
 from moe_fast.kernels.combine import combine, combine_torch
+from moe_fast.kernels.cuda_route_permute import route_permute_torch
 from moe_fast.kernels.experts import Tiling, experts, num_counters
 from moe_fast.kernels.gemm1 import gemm1, gemm1_torch
 from moe_fast.kernels.gemm2 import gemm2, gemm2_torch
 from moe_fast.kernels.permute import permute, permute_torch
 from moe_fast.kernels.routing import route, route_torch
+from moe_fast.pipelines import hopper_triton
 from moe_fast.pipelines.hopper_triton import run
 
 FP8 = torch.float8_e4m3fn
@@ -165,8 +168,16 @@ def near(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
 
 
 def pipeline() -> None:
-    """run() against the composed twins, for a few sizes, slices and offsets, with poisoned output."""
+    """run() against the composed twins, for a few sizes, slices and offsets, with poisoned output; with routing in CUDA
+    C++, for which its twin stands in, too, up to 100 tokens."""
     torch.manual_seed(1)
+    routed: list[int] = []
+
+    def stand_in(logits: torch.Tensor, *rest: Any) -> None:
+        routed.append(len(logits))
+        route_permute_torch(logits, *rest)
+
+    hopper_triton.route_permute, hopper_triton.MAX_TOKENS = stand_in, 100
     experts_, local, top_k, n_group, topk_group = GEOMETRIES[0]
     hidden, intermediate = 256, 128
     w1, w2 = fp8(local, 2 * intermediate, hidden), fp8(local, hidden, intermediate)
@@ -176,17 +187,21 @@ def pipeline() -> None:
         logits, bias = torch.randn(tokens, experts_), torch.randn(experts_).bfloat16()
         x, x_scale = fp8(tokens, hidden), torch.randn(hidden // 128, tokens)
         args = (logits, bias, x, x_scale, w1, s1, w2, s2, offset, 2.5)
-        out = poison(tokens, hidden).bfloat16()
-        run(
-            *args, out, n_group=n_group, topk_group=topk_group, top_k=top_k, tokens_at_once=at_once,
-            tiling=Tiling(16, 64, 128, 4, 2, 2, 1),
-        )  # fmt: skip
-        if tokens == 0:
-            continue
-        want, rows = twins(args, local, top_k, n_group, topk_group)
-        near(out.float(), want.float(), E4M3_SLACK)
-        idle = (rows < 0).all(1)
-        assert bool((out[idle] == 0).all())
+        for cuda_routing in (True, False):
+            routed.clear()
+            out = poison(tokens, hidden).bfloat16()
+            run(
+                *args, out, n_group=n_group, topk_group=topk_group, top_k=top_k, tokens_at_once=at_once,
+                tiling=Tiling(16, 64, 128, 4, 2, 2, 1), cuda_routing=cuda_routing,
+            )  # fmt: skip
+            slices = [min(at_once, tokens - start) for start in range(0, tokens, at_once)]
+            assert routed == [count for count in slices if cuda_routing and count <= 100]
+            if tokens == 0:
+                continue
+            want, rows = twins(args, local, top_k, n_group, topk_group)
+            near(out.float(), want.float(), E4M3_SLACK)
+            idle = (rows < 0).all(1)
+            assert bool((out[idle] == 0).all())
 
 
 def twins(args: tuple, local: int, top_k: int, n_group: int, topk_group: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -133,6 +133,12 @@ def test_a_broken_source_is_seen(what: str, tmp_path: Path, monkeypatch: pytest.
     assert bool(found) == (what != "nothing"), found
 
 
+@pytest.mark.parametrize("tokens", [0, MAX_TOKENS + 1])
+def test_other_numbers_of_tokens_are_refused(tokens: int) -> None:
+    with pytest.raises(ValueError, match=f"expected 1 to {MAX_TOKENS} tokens, got {tokens}"):
+        run(GEOMETRIES[2], tokens, 0, 0, twin=False)
+
+
 @needs_nvcc
 @pytest.mark.parametrize("shape", GEOMETRIES[:2], ids=lambda shape: shape.code)
 def test_it_compiles_without_spills(shape: Geometry) -> None:

@@ -192,8 +192,14 @@ def test_hopper_takes_the_tables_pipeline_and_the_shipped_one_elsewhere(monkeypa
     from moe_fast.backends import hopper
 
     taken: list[str] = []
+    in_cuda: list[bool] = []
+
+    def note(name: str, more: dict[str, Any]) -> None:
+        taken.append(name)
+        in_cuda.append(more.get("cuda_routing", False))
+
     for name, module in hopper.BY_NAME.items():
-        monkeypatch.setattr(module, "run", lambda *ten, name=name, **groups: taken.append(name))
+        monkeypatch.setattr(module, "run", lambda *ten, name=name, **more: note(name, more))
     asked = []
 
     def fake(*key: Any) -> Entry | None:
@@ -208,6 +214,7 @@ def test_hopper_takes_the_tables_pipeline_and_the_shipped_one_elsewhere(monkeypa
         ten[6] = torch.empty(g.num_local_experts, g.hidden_size, g.intermediate_size)
         hopper.run(*ten, 0, 2.5, n_group=g.n_group, topk_group=g.topk_group, top_k=g.top_k)
     assert taken == ["hopper_cuda", "hopper_few_tokens", "hopper_triton", "hopper_triton", "hopper_cuda"]
+    assert in_cuda == [name == "hopper_triton" for name in taken]
     assert asked[0] == (7, CPU, *(value for value in asdict(g).values()))
 
 

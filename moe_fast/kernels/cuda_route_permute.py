@@ -82,9 +82,14 @@ def route_permute(
     int32, rows sorted by expert, then by token. Zero `counters`, any number of int32.
 
     routing_logits [T, E] float32, routing_bias [E] bfloat16, both at a multiple of 16 bytes. 0 < T <= MAX_TOKENS,
-    E <= 1024, K <= 32, L <= 512. `ticket` [1] int32 must be zero and is zero afterwards.
+    E <= 1024, K <= 32, L <= 512. `ticket` [1] int32 must be zero and is zero afterwards. Raises ValueError for another
+    number of tokens.
     """
     tokens, experts = routing_logits.shape
+    if not 0 < tokens <= MAX_TOKENS:
+        raise ValueError(
+            f"routing_logits: expected 1 to {MAX_TOKENS} tokens, got {tokens}; cuda_route.route and place take more"
+        )
     index = routing_logits.device.index or 0
     params = Params(
         routing_logits.data_ptr(),
