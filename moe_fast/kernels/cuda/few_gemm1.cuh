@@ -53,7 +53,8 @@ INLINE float gemm1_scale(const Params& p, const Shared& s, int tile, int end, in
                  block);
 }
 
-// Threads g read up's columns of a tile, g and g ^ 1 from neighbouring slots; threads 4 + g gate's. And the other way.
+// Which of up's columns of a tile thread g has, and thread COLUMNS + g of gate's: two threads that read together, g and
+// g ^ 1, have columns in neighbouring slots. It is its own inverse: which thread has column g.
 INLINE int column_of(int g) { return (g & 1) << 1 | (g >> 1 & 1); }
 
 // sum: of tokens 2q, 2q + 1 with thread g's row of the tile, whose slots begin with n.
