@@ -111,7 +111,8 @@ class HostKernels:
     """Stands in for cuda_build.load: kernels of one Params each, built for the host and kept.
 
     change: an edit of every source. A CTA has WARPS warps where the source says so in a line of its own: a CTA of 32
-    warps is a thousand fibers. Each launch has another schedule.
+    warps is a thousand fibers. A source that asks for blockDim gets the threads of its launch; a cluster is the grid.
+    Each launch has another schedule.
     """
 
     WARPS = 3
@@ -131,9 +132,11 @@ class HostKernels:
             lambda found: f"auto& {found[2]} = shared_variable<{found[1]}{found[3]}>({next(variables)});",
             text,
         )
+        if "blockDim.x" in text:
+            text = f"constexpr int THREADS = {threads};\n" + text.replace("blockDim.x", "THREADS")
         threads_line = "constexpr int THREADS = WARPS * 32;\n" if warps else ""
         code = self._change(text) + threads_line + launcher(kernel, f"{next(variables)} * VARIABLE_BYTES", "0")
-        return HostKernel(self, build(self._folder / Path(name).stem, code, dict(defines)))
+        return HostKernel(self, build(self._folder / f"{Path(name).stem}-{threads}", code, dict(defines)))
 
     def _few_warps(self, found: re.Match[str]) -> str:
         return f"constexpr int WARPS = {self.WARPS};" if found[0].endswith("32;") else found[0]

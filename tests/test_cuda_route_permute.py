@@ -49,7 +49,6 @@ def run(
         "expert_offsets": ints(local + 1, device=device),
         "tile_offsets": ints(local + 1, device=device),
         "permuted_idx_to_token_idx": ints(tokens * top_k + 8, device=device),
-        "ticket": torch.zeros(1, dtype=torch.int32, device=device),
         "counters": ints(700, device=device),
     }
     call = route_permute_torch if twin else route_permute
@@ -87,7 +86,7 @@ def test_the_twin_agrees_with_the_reference(shape: Geometry, data: st.DataObject
     token_rows = torch.full((tokens, shape.top_k), -1)
     token_rows[want.permuted_idx_to_token_idx, want.permuted_idx_to_slot] = torch.arange(rows)
     assert torch.equal(made["token_rows"].long(), token_rows)
-    assert not made["counters"].any() and not made["ticket"].any()
+    assert not made["counters"].any()
 
 
 @needs_host_compiler
@@ -106,16 +105,19 @@ def test_the_source_on_the_host_does_what_its_twin_does(
 # None of them writes far outside of its tensors: that would end the test's process.
 BROKEN: dict[str, Callable[[str], str]] = {
     "nothing": str,
-    "every CTA places": instead("if (!is_last[0]) return;", ""),
-    "the last but one places": instead("== int(gridDim.x) - 1;", "== int(gridDim.x) - 2;"),
-    "the ticket stays": without("    if (thread == 0) *p.ticket = 0;\n"),
-    "rows from other tokens of the word": instead("((1u << at % 32) - 1)", "((2u << at % 32) - 1)"),
+    "bits only for the first CTA": instead("or_in_cta(word, r,", "or_in_cta(word, 0,"),
+    "bits only for its own CTA": instead("or_in_cta(word, r,", "or_in_cta(word, rank,"),
+    "bits that are zeroed afterwards": lambda text: without("    cluster_arrive();\n")(
+        without("    cluster_wait();  // every CTA's bits are zero\n")(text)
+    ),
+    "rows before all have chosen": instead("    cluster_sync();  // nothing", "    __syncthreads();  // nothing"),
+    "rows from other tokens of the word": instead("((1u << token % 32) - 1)", "((2u << token % 32) - 1)"),
     "only a token's own word counts": without(
-        "            for (int w = 0; w < at / 32; ++w) row += __popc(words[w]);\n"
+        "        for (int w = 0; w < token / 32; ++w) row += __popc(words[w]);\n"
     ),
     "tiles are rounded down": instead("(mine + p.tile_rows - 1) / p.tile_rows", "mine / p.tile_rows"),
     "experts beyond the shard are local": instead(
-        "local[c] >= LOCAL) local[c] = -1;", "false) local[c] = -1;\n        local[c] = min(local[c], LOCAL - 1);"
+        "    if (local >= LOCAL) local = -1;\n", "    local = min(local, LOCAL - 1);\n"
     ),
     "the last counter stays": instead("i < p.num_counters;", "i < p.num_counters - 1;"),
     "offsets of every 32 experts begin anew": without("        rows += __shfl_sync(ALL, upto, 31);\n"),
@@ -129,7 +131,12 @@ def test_a_broken_source_is_seen(what: str, tmp_path: Path, monkeypatch: pytest.
     shape = GEOMETRIES[4]  # 48 local experts
     found = []
     for seed, offset in ((1, 0), (2, -24)):
-        found += differences(run(shape, 100, offset, seed), run(shape, 100, offset, seed, twin=False))
+        try:
+            got = run(shape, 100, offset, seed, twin=False)
+        except AssertionError as error:  # the host saw it: threads that hang, or what no thread may do
+            found.append(str(error))
+        else:
+            found += differences(run(shape, 100, offset, seed), got)
     assert bool(found) == (what != "nothing"), found
 
 

@@ -15,10 +15,10 @@ from moe_fast.kernels.cuda_build import load
 from moe_fast.kernels.cuda_route import clamp_offset, mask_words, route_torch
 
 MAX_TOKENS = 160
-"""Most tokens: the last CTA places all of them."""
+"""Most tokens: a warp each, in one cluster."""
 
-TOKENS_PER_CTA = 8
-THREADS = 256
+CTAS = 8
+"""Of the cluster: as many as any GPU with clusters takes."""
 
 
 class Params(ctypes.Structure):
@@ -36,7 +36,6 @@ class Params(ctypes.Structure):
                 "expert_offsets",
                 "tile_offsets",
                 "permuted_idx_to_token_idx",
-                "ticket",
                 "counters",
             )
         ),
@@ -57,6 +56,7 @@ def defines(experts: int, n_group: int, topk_group: int, top_k: int, local: int)
         ("TOP_K", top_k),
         ("LOCAL", local),
         ("MAX_TOKENS", MAX_TOKENS),
+        ("CTAS", CTAS),
     )
 
 
@@ -69,7 +69,6 @@ def route_permute(
     expert_offsets: torch.Tensor,
     tile_offsets: torch.Tensor,
     permuted_idx_to_token_idx: torch.Tensor,
-    ticket: torch.Tensor,
     counters: torch.Tensor,
     local_expert_offset: int,
     routed_scaling_factor: float,
@@ -82,8 +81,7 @@ def route_permute(
     int32, rows sorted by expert, then by token. Zero `counters`, any number of int32.
 
     routing_logits [T, E] float32, routing_bias [E] bfloat16, both at a multiple of 16 bytes. 0 < T <= MAX_TOKENS,
-    E <= 1024, K <= 32, L <= 512. `ticket` [1] int32 must be zero and is zero afterwards. Raises ValueError for another
-    number of tokens.
+    E <= 1024, K <= 32, L <= 512. Raises ValueError for another number of tokens.
     """
     tokens, experts = routing_logits.shape
     if not 0 < tokens <= MAX_TOKENS:
@@ -100,7 +98,6 @@ def route_permute(
         expert_offsets.data_ptr(),
         tile_offsets.data_ptr(),
         permuted_idx_to_token_idx.data_ptr(),
-        ticket.data_ptr(),
         counters.data_ptr(),
         counters.numel(),
         tokens,
@@ -109,8 +106,9 @@ def route_permute(
         routed_scaling_factor,
     )
     variant = defines(experts, n_group, topk_group, topk_ids.shape[1], expert_offsets.shape[0] - 1)
-    kernel = load("route_permute.cu", variant, "route_permute_kernel", THREADS, 0, index)
-    kernel.launch(-(-tokens // TOKENS_PER_CTA), (params,), current_stream(index))
+    warps = -(-tokens // CTAS)  # of a CTA
+    kernel = load("route_permute.cu", variant, "route_permute_kernel", 32 * warps, 0, index)
+    kernel.launch(CTAS, (params,), current_stream(index))
 
 
 def route_permute_torch(
@@ -122,7 +120,6 @@ def route_permute_torch(
     expert_offsets: torch.Tensor,
     tile_offsets: torch.Tensor,
     permuted_idx_to_token_idx: torch.Tensor,
-    ticket: torch.Tensor,
     counters: torch.Tensor,
     local_expert_offset: int,
     routed_scaling_factor: float,

@@ -216,8 +216,7 @@ def _run_slice(
     rest = (local_expert_offset, routed_scaling_factor, n_group, topk_group, cut.tile_rows)
     if cuda_routing and tokens <= MAX_TOKENS:
         route_permute(
-            routing_logits, routing_bias, topk_ids, topk_weights, token_rows, *placed, space.ticket, space.counters,
-            *rest,
+            routing_logits, routing_bias, topk_ids, topk_weights, token_rows, *placed, space.counters, *rest,
         )  # fmt: skip
     else:
         permuted = route(

@@ -26,6 +26,7 @@ using i64 = long long;
 #define INLINE inline
 #define __global__
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __grid_constant__
 #define EVERY_LANE_ARRIVES 0
 enum : u32 { ALL = 0xFFFFFFFF, ARRIVING_LANES = 1 };
@@ -100,6 +101,7 @@ struct Cta {
     std::vector<Warp> warps;
     std::vector<Copy> copies;  // under way
     bool slow = false;
+    int running = 0;  // threads
 };
 
 struct Index {
@@ -111,6 +113,7 @@ struct Fiber {
     std::vector<char> stack;
     Cta* cta;
     Index thread, block;
+    u64 met = 0;  // meetings of the cluster before this thread last came to one
     bool done = false;
     std::function<bool()> ready;
 };
@@ -118,6 +121,8 @@ struct Fiber {
 inline Fiber* now;
 inline ucontext_t scheduler;
 inline Index grid;
+inline std::vector<std::unique_ptr<Cta>> ctas;
+inline NamedBarrier cluster;  // of all CTAs
 inline std::mt19937 dice;
 
 inline const char* broken = nullptr;  // what a thread did that no kernel may do
@@ -225,6 +230,26 @@ inline void named_barrier_sync(u32 id, u32 threads) {
 }
 inline void __syncthreads() { named_barrier_sync(0, u32(host::now->cta->warps.size()) * 32); }
 inline void __syncwarp() { host::meet(); }
+inline void cluster_arrive() {
+    host::now->met = host::cluster.generation;
+    host::cluster.arrive(u32(host::ctas.size() * host::now->cta->warps.size()) * 32);
+}
+inline void cluster_wait() {
+    host::wait([before = host::now->met] { return host::cluster.generation != before; });
+}
+inline void cluster_sync() {
+    cluster_arrive();
+    cluster_wait();
+}
+inline void or_in_cta(u32 address, u32 rank, u32 bits) {
+    host::let_others();
+    host::check(host::ctas[rank]->running > 0, "shared memory of a CTA that has ended");
+    u32 word;
+    u8* at = host::ctas[rank]->shared.data() + address;
+    memcpy(&word, at, 4);
+    word |= bits;
+    memcpy(at, &word, 4);
+}
 inline void __threadfence() {}
 inline void async_proxy_fence() {}
 

@@ -9,7 +9,7 @@ inline void begin() {
     swapcontext(&now->context, &scheduler);
 }
 
-inline void draw_slow(std::vector<std::unique_ptr<Cta>>& ctas) {
+inline void draw_slow() {
     for (auto& cta : ctas) {
         cta->slow = dice() % 3 == 0;
         for (Warp& w : cta->warps) w.slow = dice() % 3 == 0;
@@ -36,13 +36,15 @@ extern "C" int run_on_host(const Params* params, int blocks, u32 seed, long pati
     grid.x = blocks;
     broken = nullptr;
     dice.seed(seed);
-    std::vector<std::unique_ptr<Cta>> ctas;
+    ctas.clear();
+    cluster = {};
     std::vector<std::unique_ptr<Fiber>> fibers;
     for (int block = 0; block < blocks; ++block) {
         ctas.push_back(std::make_unique<Cta>());
         Cta& cta = *ctas.back();
         cta.shared.assign(DYNAMIC_BYTES + STATIC_BYTES, 0xCD);
         cta.warps.resize(THREADS / 32);
+        cta.running = THREADS;
         for (int thread = 0; thread < THREADS; ++thread) {
             fibers.push_back(std::make_unique<Fiber>());
             Fiber& fiber = *fibers.back();
@@ -60,7 +62,7 @@ extern "C" int run_on_host(const Params* params, int blocks, u32 seed, long pati
     size_t left = fibers.size();
     long idle = 0;
     for (long turn = 0; left > 0; ++turn) {
-        if (turn % 20000 == 0) draw_slow(ctas);
+        if (turn % 20000 == 0) draw_slow();
         const size_t at = dice() % fibers.size(), first = at / 32 * 32;
         Cta& cta = *fibers[at]->cta;
         if (!cta.copies.empty() && dice() % (cta.slow ? 400 : 40) == 0) finish_a_copy(cta), idle = 0;
@@ -75,7 +77,7 @@ extern "C" int run_on_host(const Params* params, int blocks, u32 seed, long pati
                     fprintf(stderr, "kernel on host: %s\n", broken);
                     return -2;
                 }
-                left -= fiber.done;
+                left -= fiber.done, fiber.cta->running -= fiber.done;
                 progress = true;
             }
         }

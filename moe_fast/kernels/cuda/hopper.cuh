@@ -23,6 +23,8 @@ INLINE u32 cluster_rank() {
     return rank;
 }
 
+INLINE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+INLINE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 INLINE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -71,6 +73,11 @@ INLINE void send_to_cta(u32 address, u32 bar, u32 rank, int value) {
     const u32 to = in_cta(address, rank), counted_by = in_cta(bar, rank);
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(to), "r"(value),
                  "r"(counted_by)
+                 : "memory");
+}
+
+INLINE void or_in_cta(u32 address, u32 rank, u32 bits) {
+    asm volatile("red.relaxed.cluster.shared::cluster.or.b32 [%0], %1;" ::"r"(in_cta(address, rank)), "r"(bits)
                  : "memory");
 }
 
