@@ -22,16 +22,17 @@ def combine_kernel(
     BLOCK_H: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     choice = tl.arange(0, triton.next_power_of_2(K))
-    row = tl.load(token_rows + token * K + choice, mask=choice < K, other=-1)
-    weight = tl.load(topk_weights + token * K + choice, mask=choice < K, other=0.0)
+    # Of routing, which has ended when `experts` lets this kernel start. Past the L1, which may hold older ones.
+    row = tl.load(token_rows + token * K + choice, mask=choice < K, other=-1, cache_modifier=".cg")
+    weight = tl.load(topk_weights + token * K + choice, mask=choice < K, other=0.0, cache_modifier=".cg")
     row = tl.where(row < 0, BIG, row)
     count = tl.sum((row < BIG).to(tl.int32), axis=0)
     acc = tl.zeros((BLOCK_H,), tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     for _ in range(count):  # rows ascend as experts do
         this = tl.min(row, axis=0)
         w = tl.sum(tl.where(row == this, weight, 0.0), axis=0)
@@ -51,7 +52,11 @@ def combine(
     block: int = 1024,
     pdl: bool = False,
 ) -> None:
-    """Fill output [T, H]; tokens without a row become zero."""
+    """Fill output [T, H]; tokens without a row become zero.
+
+    pdl: the kernel before wrote gemm2_out alone, and let this one start when all that came before it had ended, as
+    `experts` does.
+    """
     tokens, hidden = output.shape
     options = {"launch_pdl": True} if pdl else {}
     launch(

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_fast.kernels.gemm1 import gemm1_tile
+from moe_fast.kernels.gemm1 import count_tiles, gemm1_tile, load_ends
 from moe_fast.kernels.gemm2 import gemm2_tile
 from moe_fast.kernels.triton_launch import Launcher
 
@@ -68,19 +68,20 @@ def experts_kernel(
     PDL: tl.constexpr,
 ):
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()  # now: what follows may read what came before this kernel
     done = counters + 1
     arrivals = done + max_tiles
-    tiles = tl.load(tile_offsets + L)
+    tile_ends, row_ends = load_ends(tile_offsets, expert_offsets, L)
+    item = tl.atomic_add(counters, 1, sem="relaxed")  # while those are on their way
+    tiles = count_tiles(tile_ends)
     gemm1_items = tiles * (I // NB)
     items = gemm1_items + tiles * (H // MB)
-    item = tl.atomic_add(counters, 1, sem="relaxed")
     while item < gemm1_items:
         tile, complete = gemm1_tile(
             item, hidden_states, hidden_states_scale, scale_stride, gemm1_weights, gemm1_weights_scale,
-            permuted_idx_to_token_idx, expert_offsets, tile_offsets, swiglu_out, requantized, requantized_scale,
-            row_capacity, arrivals, H, I, L, BN, NB, STAGES1, U1,
+            permuted_idx_to_token_idx, tile_ends, row_ends, swiglu_out, requantized, requantized_scale, row_capacity,
+            arrivals, H, I, BN, NB, STAGES1, U1,
         )  # fmt: skip
         if complete:
             tl.atomic_add(done + tile, 1, sem="release")
@@ -88,7 +89,7 @@ def experts_kernel(
     while item < items:
         gemm2_tile(
             item - gemm1_items, requantized, requantized_scale, row_capacity, gemm2_weights, gemm2_weights_scale,
-            expert_offsets, tile_offsets, gemm2_out, done, H, I, L, BN, MB, STAGES2, U2, True,
+            tile_ends, row_ends, gemm2_out, done, H, I, BN, MB, STAGES2, U2, True,
         )  # fmt: skip
         item = tl.atomic_add(counters, 1, sem="relaxed")
 

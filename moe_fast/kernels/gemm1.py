@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 FP8_MAX = tl.constexpr(448.0)
+BIG = tl.constexpr(2147483647)
 
 
 @triton.jit
@@ -31,19 +32,30 @@ def quantize_columns(x):
 
 
 @triton.jit
-def locate(item, tile_offsets, expert_offsets, PARTS: tl.constexpr, L: tl.constexpr, BN: tl.constexpr):
+def load_ends(tile_offsets, expert_offsets, L: tl.constexpr):
+    """Each expert's end among the tiles and among the rows, for `locate`: two vectors, BIG behind the last expert."""
+    slot = tl.arange(0, triton.next_power_of_2(L))
+    tile_ends = tl.load(tile_offsets + 1 + slot, mask=slot < L, other=BIG)
+    row_ends = tl.load(expert_offsets + 1 + slot, mask=slot < L, other=BIG)
+    return tile_ends, row_ends
+
+
+@triton.jit
+def count_tiles(tile_ends):
+    """Tiles of all experts."""
+    return tl.max(tl.where(tile_ends < BIG, tile_ends, 0), axis=0)
+
+
+@triton.jit
+def locate(item, tile_ends, row_ends, PARTS: tl.constexpr, BN: tl.constexpr):
     """Item -> (expert, part, tile, first row, end of the expert's rows). Items: by expert, then part, then tile."""
-    LP: tl.constexpr = triton.next_power_of_2(L)
-    slot = tl.arange(0, LP)
-    tile_ends = tl.load(tile_offsets + 1 + slot, mask=slot < L, other=2147483647)
-    row_ends = tl.load(expert_offsets + 1 + slot, mask=slot < L, other=2147483647)
-    # Two loads at once and reductions, where looking the expert up would be a chain of loads.
+    # Reductions of what is loaded once, where looking the expert up would be a chain of loads.
     before = tile_ends <= item // PARTS  # experts before this item's
     expert = tl.sum(before.to(tl.int32), axis=0)
     first_tile = tl.max(tl.where(before, tile_ends, 0), axis=0)
-    next_tile = tl.min(tl.where(before, 2147483647, tile_ends), axis=0)
+    next_tile = tl.min(tl.where(before, BIG, tile_ends), axis=0)
     first_row = tl.max(tl.where(before, row_ends, 0), axis=0)
-    row_end = tl.min(tl.where(before, 2147483647, row_ends), axis=0)
+    row_end = tl.min(tl.where(before, BIG, row_ends), axis=0)
     inner = item - first_tile * PARTS
     tiles = next_tile - first_tile
     nth = inner % tiles
@@ -72,8 +84,8 @@ def gemm1_tile(
     gemm1_weights,
     gemm1_weights_scale,
     permuted_idx_to_token_idx,
-    expert_offsets,
-    tile_offsets,
+    tile_ends,
+    row_ends,
     swiglu_out,
     requantized,
     requantized_scale,
@@ -81,14 +93,13 @@ def gemm1_tile(
     arrivals,
     H: tl.constexpr,
     I: tl.constexpr,
-    L: tl.constexpr,
     BN: tl.constexpr,
     NB: tl.constexpr,
     STAGES: tl.constexpr,
     U: tl.constexpr,
 ):
     """One tile times one part. Returns (tile, whether a block of 128 columns of requantized is complete now)."""
-    expert, part, tile, row0, row_end = locate(item, tile_offsets, expert_offsets, I // NB, L, BN)
+    expert, part, tile, row0, row_end = locate(item, tile_ends, row_ends, I // NB, BN)
     rows = row0 + tl.arange(0, BN)
     live = rows < row_end
     token = tl.load(permuted_idx_to_token_idx + rows, mask=live, other=0).to(tl.int64)
@@ -163,12 +174,13 @@ def gemm1_kernel(
     STAGES: tl.constexpr,
     U: tl.constexpr,
 ):
-    items = tl.load(tile_offsets + L) * (I // NB)
+    tile_ends, row_ends = load_ends(tile_offsets, expert_offsets, L)
+    items = count_tiles(tile_ends) * (I // NB)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         gemm1_tile(
             item, hidden_states, hidden_states_scale, scale_stride, gemm1_weights, gemm1_weights_scale,
-            permuted_idx_to_token_idx, expert_offsets, tile_offsets, swiglu_out, requantized, requantized_scale,
-            row_capacity, arrivals, H, I, L, BN, NB, STAGES, U,
+            permuted_idx_to_token_idx, tile_ends, row_ends, swiglu_out, requantized, requantized_scale, row_capacity,
+            arrivals, H, I, BN, NB, STAGES, U,
         )  # fmt: skip
 
 

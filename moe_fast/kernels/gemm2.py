@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_fast.kernels.gemm1 import load_scales, locate
+from moe_fast.kernels.gemm1 import count_tiles, load_ends, load_scales, locate
 
 
 @triton.jit
@@ -21,13 +21,12 @@ def gemm2_tile(
     row_capacity,
     gemm2_weights,
     gemm2_weights_scale,
-    expert_offsets,
-    tile_offsets,
+    tile_ends,
+    row_ends,
     gemm2_out,
     done,
     H: tl.constexpr,
     I: tl.constexpr,
-    L: tl.constexpr,
     BN: tl.constexpr,
     MB: tl.constexpr,
     STAGES: tl.constexpr,
@@ -35,7 +34,7 @@ def gemm2_tile(
     WAIT: tl.constexpr,
 ):
     """One tile times one part. WAIT: only after all I/128 blocks of the tile's requantized rows are there."""
-    expert, part, tile, row0, row_end = locate(item, tile_offsets, expert_offsets, H // MB, L, BN)
+    expert, part, tile, row0, row_end = locate(item, tile_ends, row_ends, H // MB, BN)
     rows = row0 + tl.arange(0, BN)
     live = rows < row_end
     m = part * MB + tl.arange(0, MB)
@@ -86,11 +85,12 @@ def gemm2_kernel(
     STAGES: tl.constexpr,
     U: tl.constexpr,
 ):
-    items = tl.load(tile_offsets + L) * (H // MB)
+    tile_ends, row_ends = load_ends(tile_offsets, expert_offsets, L)
+    items = count_tiles(tile_ends) * (H // MB)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         gemm2_tile(
             item, requantized, requantized_scale, row_capacity, gemm2_weights, gemm2_weights_scale,
-            expert_offsets, tile_offsets, gemm2_out, tile_offsets, H, I, L, BN, MB, STAGES, U, False,
+            tile_ends, row_ends, gemm2_out, tile_offsets, H, I, BN, MB, STAGES, U, False,
         )  # fmt: skip
 
 
