@@ -68,6 +68,8 @@ def combine(
     token_weights times rows of gemm2_out [P, H] bfloat16; exact zeros for a token without a row.
 
     token_rows [T, K] int32: rows, then -1; token_weights [T, K] float32 beside them; tokens [T] and bounds [2] int32.
+    pdl: the kernel before wrote gemm2_out alone, and let this one start when all that came before it had ended, as
+    grouped_gemms does.
     """
     most = output.shape[0]
     if most == 0:

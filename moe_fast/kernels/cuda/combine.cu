@@ -8,6 +8,5 @@ constexpr int THREADS = 224;
 extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) combine_kernel(const __grid_constant__ Params p) {
     __shared__ Item items[2];
     let_next_kernel_start();  // it waits for this one's end itself
-    wait_for_previous_kernel();
-    combine<THREADS>(p, p.bounds, items);
+    combine<THREADS, true>(p, p.bounds, items);
 }

@@ -73,8 +73,9 @@ INLINE void sum_rows(const CombineParams& p, const Item& item, int part) {
     }
 }
 
-// This CTA's part of the list between two bounds. `items` may be used again when all threads have returned.
-template <int COUNT>
+// This CTA's part of the list between two bounds. `items` may be used again when all threads have returned. With WAITS
+// only gemm2_out is the previous kernel's; the rest was there before that one, which has seen it.
+template <int COUNT, bool WAITS>
 INLINE void combine(const CombineParams& p, const int* bounds, Item (&items)[2]) {
     const int parts = (p.hidden / 8 + COUNT * VECTORS - 1) / (COUNT * VECTORS);
     const int end = __ldcg(bounds + 1) * parts;
@@ -85,9 +86,9 @@ INLINE void combine(const CombineParams& p, const int* bounds, Item (&items)[2])
     float weight = 0.0f;
     const auto ask = [&](int item) {
         if (item >= end || k >= TOP_K) return;
-        token = __ldg(p.tokens + item / parts);
-        row = __ldg(p.token_rows + i64(token) * TOP_K + k);
-        weight = __ldg(p.token_weights + i64(token) * TOP_K + k);
+        token = __ldcg(p.tokens + item / parts);
+        row = __ldcg(p.token_rows + i64(token) * TOP_K + k);
+        weight = __ldcg(p.token_weights + i64(token) * TOP_K + k);
     };
     const auto say = [&](Item& item) {
         if (k < TOP_K) item.rows[k] = row, item.weights[k] = weight;
@@ -96,6 +97,7 @@ INLINE void combine(const CombineParams& p, const int* bounds, Item (&items)[2])
     };
     ask(at);
     say(items[0]);
+    if (WAITS) wait_for_previous_kernel();
     for (int count = 0; at < end; ++count, at += gridDim.x) {
         ask(at + gridDim.x);
         sum_rows<COUNT>(p, items[count & 1], at % parts);

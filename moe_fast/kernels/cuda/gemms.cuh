@@ -87,12 +87,9 @@ INLINE void fill_tables(const Params& p, const Window& window, const Tables& tab
     }
 }
 
-// Both products of one window. Everything of a CTA that a caller may use again is free when it returns; with
-// AGAIN the registers are shared out evenly once more, too.
-template <bool AGAIN>
-INLINE void run_gemms(const TensorMap* map1, const TensorMap* map2, const Params& p, const Window& window, u8* shared) {
+// What needs none of the window's data: barriers, and the zeros that idle tokens are overwritten with.
+INLINE void prepare_gemms(const TensorMap* map1, const TensorMap* map2, u8* shared) {
     const u32 base = shared_address(shared);
-    const Tables tables{reinterpret_cast<int*>(shared + TABLE_AT)};
     if (threadIdx.x == 0) {
         tma_prefetch_map(map1);
         tma_prefetch_map(map2);
@@ -104,13 +101,23 @@ INLINE void run_gemms(const TensorMap* map1, const TensorMap* map2, const Params
         for (int s = 0; s < MAIL_SLOTS; ++s) barrier_init(base + BARRIERS_AT + (2 * STAGES + s) * 8, 1);
         barrier_init_fence();
     }
-    if (threadIdx.x < 32) fill_tables(p, window, tables);
     if (threadIdx.x < ZERO_BYTES / 16) store_shared4i(base + ZEROS_AT + threadIdx.x * 16, 0, 0, 0, 0);
     async_proxy_fence();  // the zeros are read by bulk copies
+}
+
+// Both products of one window, after prepare_gemms. Everything of a CTA that a caller may use again is free when it
+// returns; with AGAIN the registers are shared out evenly once more, too.
+template <bool AGAIN>
+INLINE void run_gemms(const TensorMap* map1, const TensorMap* map2, const Params& p, const Window& window, u8* shared) {
+    const u32 base = shared_address(shared);
+    const Tables tables{reinterpret_cast<int*>(shared + TABLE_AT)};
+    if (threadIdx.x < 32) fill_tables(p, window, tables);
     if (CLUSTER > 1)
         cluster_sync();
     else
         __syncthreads();
+    // Nothing to do, in no other CTA either. Asked of a lane, for else ptxas spills registers.
+    if (!AGAIN && __shfl_sync(ALL, tables.offsets[p.experts], 0) == 0 && p.idle_end() == 0) return;
 
     const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
     if (threadIdx.x >= MATH_THREADS + LOAD_THREADS) {

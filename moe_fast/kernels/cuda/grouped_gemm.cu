@@ -5,8 +5,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     grouped_gemm_kernel(const __grid_constant__ TensorMap map1, const __grid_constant__ TensorMap map2,
                         const __grid_constant__ Params p, const __grid_constant__ Window window) {
     extern __shared__ __align__(1024) u8 shared[];
-    let_next_kernel_start();
+    prepare_gemms(&map1, &map2, shared);
     wait_for_previous_kernel();
-    if (__ldcg(window.expert_offsets + p.experts) == 0 && p.idle_end() == 0) return;  // so too in every other CTA
+    let_next_kernel_start();  // now, so that it may read what came before this one
     run_gemms<false>(&map1, &map2, p, window, shared);
 }

@@ -29,7 +29,7 @@ INLINE void await_grid(int* arrivals) {
 // Not inlined, so that what they keep in registers is not kept from the products.
 __device__ __noinline__ void combine_window(const CombineParams& c, const int* bounds) {
     __shared__ Item items[2];
-    combine<THREADS>(c, bounds, items);
+    combine<THREADS, false>(c, bounds, items);
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
@@ -56,6 +56,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         }
         __syncthreads();
         if (__ldcg(window.expert_offsets + p.experts) == 0) continue;
+        prepare_gemms(&map1, &map2, shared);
         run_gemms<true>(&map1, &map2, p, window, shared);
         await_grid(p.counters + 2);
         combine_window(c, c.bounds + (number - 1));
