@@ -46,6 +46,9 @@ def test_grouped_gemm_compiles_to_fp8_wgmma_without_spills(cluster: int, tmp_pat
     assert len(re.findall(r"QGMMA\.64x128x32\.F32\.E4M3\.E4M3", sass)) == 8  # 2 waves, 4 steps of 32
     assert "UTMALDG.5D" in sass and "LDGSTS" in sass and "UBLKCP" in sass
     assert ("MULTICAST" in sass) == (cluster > 1)
+    # It waits for what came before it, then lets the next kernel start: combine reads the former's lists at once.
+    assert sass.count("ACQBULK") == sass.count("PREEXIT") == 1
+    assert sass.index("ACQBULK") < sass.index("PREEXIT")
     # At the cluster's first and last barrier, after an item of gemm1 and at the last draw, never within a step.
     assert sass.count("MEMBAR.ALL.GPU") + sass.count("MEMBAR.SC.GPU") <= 6
 

@@ -148,3 +148,14 @@ def test_compiles(name: str, capability: int) -> None:
     if CASES[name][-1]:
         instruction = {90: r"wgmma\.mma_async.*e4m3\.e4m3", 100: r"tcgen05\.mma"}[capability]
         assert re.search(instruction, compiled.asm["ptx"]), f"{name}: no {instruction}"
+
+
+def test_combine_may_read_what_came_before_the_experts() -> None:
+    """`experts` waits for routing before it lets combine start, and combine waits before it reads gemm2_out."""
+    wait, start = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
+    experts_ptx, combine_ptx = (build(name, 90).asm["ptx"] for name in ("experts_16", "combine"))
+    assert experts_ptx.count(wait) == experts_ptx.count(start) == combine_ptx.count(wait) == 1
+    assert experts_ptx.index(wait) < experts_ptx.index(start) < experts_ptx.index("ld.global")
+    before, after = combine_ptx.split(wait)
+    assert before.count("ld.global.cg") == before.count("ld.global") == 2  # a token's rows and weights
+    assert "ld.global" in after and "st.global" not in before
