@@ -11,7 +11,7 @@ import struct
 import torch
 
 from moe_fast.kernels.cuda_build import PreparedLaunch, load
-from moe_fast.kernels.cuda_route import clamp_offset, mask_words, route_torch
+from moe_fast.kernels.cuda_route import choice_defines, clamp_offset, mask_words, route_torch
 from moe_fast.target import target_of
 
 TOKENS = 8
@@ -66,11 +66,7 @@ def defines(
 ) -> tuple[tuple[str, int], ...]:
     """What a variant of few_tokens.cu is compiled with."""
     return (
-        ("EXPERTS", experts),
-        ("GROUPS", n_group),
-        ("TOPK_GROUP", topk_group),
-        ("TOP_K", top_k),
-        ("LOCAL", local),
+        *choice_defines(experts, n_group, topk_group, top_k, local),
         ("HIDDEN", hidden),
         ("INTER", inter),
         ("STAGES", ring(hidden, inter, local, top_k)[0]),

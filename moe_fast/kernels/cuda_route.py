@@ -101,16 +101,21 @@ def scale_columns(hidden: int) -> int:
     return -(-hidden // 512) * 4
 
 
-def route_defines(experts: int, n_group: int, topk_group: int, top_k: int, local: int) -> tuple[tuple[str, int], ...]:
-    """What a variant of route.cu is compiled with."""
+def choice_defines(experts: int, n_group: int, topk_group: int, top_k: int, local: int) -> tuple[tuple[str, int], ...]:
+    """What every source is compiled with that chooses experts (choose.cuh)."""
     return (
         ("EXPERTS", experts),
         ("GROUPS", n_group),
         ("TOPK_GROUP", topk_group),
         ("TOP_K", top_k),
         ("LOCAL", local),
-        ("SCALES_AT_ONCE", SCALES_AT_ONCE),
     )
+
+
+def route_defines(experts: int, n_group: int, topk_group: int, top_k: int, local: int) -> tuple[tuple[str, int], ...]:
+    """What a variant of route.cu is compiled with."""
+    chosen = choice_defines(experts, n_group, topk_group, top_k, local)
+    return (*chosen, ("SCALES_AT_ONCE", SCALES_AT_ONCE))
 
 
 def place_slices(local: int) -> int:

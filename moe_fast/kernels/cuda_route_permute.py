@@ -12,13 +12,13 @@ import torch
 
 from moe_fast.current import current_stream
 from moe_fast.kernels.cuda_build import load
-from moe_fast.kernels.cuda_route import clamp_offset, mask_words, route_torch
+from moe_fast.kernels.cuda_route import choice_defines, clamp_offset, mask_words, route_torch
 
 MAX_TOKENS = 160
 """Most tokens: a warp each, in one cluster."""
 
 CTAS = 8
-"""Of the cluster: as many as any GPU with clusters takes."""
+"""Of the cluster: the most that every GPU with clusters takes."""
 
 
 class Params(ctypes.Structure):
@@ -49,15 +49,8 @@ class Params(ctypes.Structure):
 
 def defines(experts: int, n_group: int, topk_group: int, top_k: int, local: int) -> tuple[tuple[str, int], ...]:
     """What a variant of route_permute.cu is compiled with."""
-    return (
-        ("EXPERTS", experts),
-        ("GROUPS", n_group),
-        ("TOPK_GROUP", topk_group),
-        ("TOP_K", top_k),
-        ("LOCAL", local),
-        ("MAX_TOKENS", MAX_TOKENS),
-        ("CTAS", CTAS),
-    )
+    chosen = choice_defines(experts, n_group, topk_group, top_k, local)
+    return (*chosen, ("MAX_TOKENS", MAX_TOKENS), ("CTAS", CTAS))
 
 
 def route_permute(

@@ -33,7 +33,8 @@ def quantize_columns(x):
 
 @triton.jit
 def load_ends(tile_offsets, expert_offsets, L: tl.constexpr):
-    """Each expert's end among the tiles and among the rows, for `locate`: two vectors, BIG behind the last expert."""
+    """Each expert's end among the tiles and among the rows, for `locate`: two of [next_power_of_2(L)] int32, BIG behind
+    the last expert."""
     slot = tl.arange(0, triton.next_power_of_2(L))
     tile_ends = tl.load(tile_offsets + 1 + slot, mask=slot < L, other=BIG)
     row_ends = tl.load(expert_offsets + 1 + slot, mask=slot < L, other=BIG)

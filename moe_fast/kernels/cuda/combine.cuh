@@ -84,7 +84,7 @@ INLINE void combine(const CombineParams& p, const int* bounds, Item (&items)[2])
     const int k = threadIdx.x;
     int token = 0, row = 0;
     float weight = 0.0f;
-    const auto ask = [&](int item) {
+    const auto ask = [&](int item) {  // past the L1, which may hold what an earlier call left there
         if (item >= end || k >= TOP_K) return;
         token = __ldcg(p.tokens + item / parts);
         row = __ldcg(p.token_rows + i64(token) * TOP_K + k);

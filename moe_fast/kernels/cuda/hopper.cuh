@@ -26,7 +26,8 @@ INLINE u32 cluster_rank() {
 INLINE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 INLINE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 INLINE void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    cluster_arrive();
+    cluster_wait();
 }
 
 // ---- programmatic dependent launch: no-ops unless the launch asked for it
@@ -76,6 +77,7 @@ INLINE void send_to_cta(u32 address, u32 bar, u32 rank, int value) {
                  : "memory");
 }
 
+// Sets bits of a word in a CTA of the cluster; seen there after the cluster's next meeting.
 INLINE void or_in_cta(u32 address, u32 rank, u32 bits) {
     asm volatile("red.relaxed.cluster.shared::cluster.or.b32 [%0], %1;" ::"r"(in_cta(address, rank)), "r"(bits)
                  : "memory");
