@@ -27,6 +27,16 @@ def disassembler() -> str | None:
     return found
 
 
+def disassembled(binary: bytes, folder: Path) -> str:
+    """A cubin's machine code; skips the test where nothing can show it."""
+    tool = disassembler()
+    if tool is None:
+        pytest.skip("no cuobjdump")
+    (folder / "kernel.cubin").write_bytes(binary)
+    command = [tool, "-sass", str(folder / "kernel.cubin")]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.parametrize("cluster", [1, 2])
@@ -37,12 +47,7 @@ def test_grouped_gemm_compiles_to_fp8_wgmma_without_spills(cluster: int, tmp_pat
     assert len(spills) == 2 and set(spills) == {"0"}, report
     assert re.findall(r"(\d+) bytes stack frame", report) == ["0"], report
     assert "warning" not in report, report
-    tool = disassembler()
-    if tool is None:
-        pytest.skip("no cuobjdump")
-    (tmp_path / "kernel.cubin").write_bytes(binary)
-    command = [tool, "-sass", str(tmp_path / "kernel.cubin")]
-    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    sass = disassembled(binary, tmp_path)
     assert len(re.findall(r"QGMMA\.64x128x32\.F32\.E4M3\.E4M3", sass)) == 8  # 2 waves, 4 steps of 32
     assert "UTMALDG.5D" in sass and "LDGSTS" in sass and "UBLKCP" in sass
     assert ("MULTICAST" in sass) == (cluster > 1)
@@ -59,12 +64,7 @@ def test_later_windows_compile_with_few_spills_between_products(tmp_path: Path) 
     flags = [f"{key}={value}" for key, value in cuda_later_windows.defines(2, 8)]
     binary, report = compile_nvcc(source_text("later_windows.cu"), flags, ARCH)
     assert "warning" not in report, report
-    tool = disassembler()
-    if tool is None:
-        pytest.skip("no cuobjdump")
-    (tmp_path / "kernel.cubin").write_bytes(binary)
-    command = [tool, "-sass", str(tmp_path / "kernel.cubin")]
-    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    sass = disassembled(binary, tmp_path).splitlines()
     products = [number for number, line in enumerate(sass) if "QGMMA.64x128x32" in line]
     between = sass[products[0] : products[-1]]
     # 39 with grouped_gemm.cu's registers, which made the GEMMs 1.7 times slower; 0 with CUDA 13.0's nvcc.
@@ -73,10 +73,14 @@ def test_later_windows_compile_with_few_spills_between_products(tmp_path: Path) 
 
 @needs_nvcc
 @pytest.mark.parametrize("top_k", [1, 4, 8])
-def test_combine_compiles_without_spills(top_k: int) -> None:
+def test_combine_compiles_without_spills_and_waits_for_gemm2(top_k: int, tmp_path: Path) -> None:
     flags = [f"{key}={value}" for key, value in cuda_combine.defines(top_k)]
-    _, report = compile_nvcc(source_text("combine.cu"), flags, ARCH)
+    binary, report = compile_nvcc(source_text("combine.cu"), flags, ARCH)
     assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}, report
+    before, after = disassembled(binary, tmp_path).split("ACQBULK")  # it waits once
+    # Before, its list, past the L1; gemm2's rows, which are read once, and the output only after.
+    assert before.count("LDG") == before.count("LDG.E.STRONG.GPU") > 0
+    assert "LDG.E.EF.128" in after and "STG" not in before
 
 
 @needs_nvcc

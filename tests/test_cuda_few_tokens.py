@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from test_cuda_build import disassembler
+from test_cuda_build import disassembled
 
 from moe_fast.kernels import cuda_few_tokens as few
 from moe_fast.kernels.cuda_build import ARCH, compile_nvcc, source_text
@@ -71,12 +70,7 @@ def test_compiles_without_spills_and_fits_shared_memory(preset: str, tmp_path: P
     slots, slot = few.ring(g.hidden_size, g.intermediate_size, g.num_local_experts, g.top_k)
     (own,) = re.findall(r"(\d+) bytes smem", report)
     assert slots * slot + int(own) <= few.SHARED_BYTES
-    tool = disassembler()
-    if tool is None:
-        pytest.skip("no cuobjdump")
-    (tmp_path / "kernel.cubin").write_bytes(binary)
-    command = [tool, "-sass", str(tmp_path / "kernel.cubin")]
-    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    sass = disassembled(binary, tmp_path)
     assert "HMMA.16816.F32" in sass or "QMMA" in sass
     assert sass.count("UBLKCP") >= 2
 
